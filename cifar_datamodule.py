@@ -1,0 +1,417 @@
+"""The data: where images come from, how they are split, augmented and served.
+
+All images lie in memory as one uint8 tensor and are served as whole batches. What is random in an
+epoch (order, crops, flips) follows from the seed, the epoch and the image's position alone, so that
+neither the number of workers nor the device changes a run.
+"""
+
+import contextlib
+import io
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Batch = tuple[Tensor, Tensor, Tensor]
+Labelled = tuple[Tensor, Tensor]
+
+# Number of classes and of training images.
+BUILT_IN = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "digits": (10, 1_437)}
+PAD = 4  # pixels of zeros on each side, as in He et al. 2015
+SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer after which a download is given up
+
+
+class ImageBatches(Dataset[Batch]):
+    """Images (N, 3, H, W) uint8 and labels (N,) int64 in memory, served as whole batches.
+
+    A batch is (images, labels, positions), positions (int64) being those that were asked for.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        index = torch.tensor(positions)
+        return self.images[index], self.labels[index], index
+
+
+class CIFARDataModule(LightningDataModule):
+    """CIFAR-10, CIFAR-100, handwritten digits or one's own images, for a classifier.
+
+    Batches reach the model as (images, labels): float32 (N, 3, H, W) in [0, 1] and int64 (N,).
+    Training images are shuffled and augmented anew in each epoch. Validation and test images are
+    neither, and each of them is counted exactly once.
+
+    Args:
+        root: Folder where the CIFAR archives lie, or are downloaded to.
+        dataset: `cifar10`, `cifar100`, `digits` (1,797 handwritten digits that come with
+            scikit-learn: nothing to download) or the path of a folder of one's own images,
+            sorted into `train/<class>/` and `test/<class>/`.
+        batch_size: Training images per batch, in each process.
+        eval_batch_size: Validation and test images per batch, in each process.
+        val_size: Training images held out for validation, the same share of each class and the
+            same images for every seed. 0 trains on all images and validates on none.
+        image_size: Side of the images in pixels. Images of another size are resized (shorter
+            side) and cropped at the centre when they are loaded.
+        augmentation: What a training image goes through: `zoom` enlarges it by a quarter and
+            crops at random (32 → 40 → 32), `pad` puts 4 pixels of zeros around it and crops at
+            random, `none` leaves it as it is.
+        flip: Mirror training images left to right, each with probability 1/2.
+        evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
+            or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
+            training: `zoom` where the augmentation is zoom, else `native`.
+        num_workers: Processes that load batches. From memory 0, the main process, is fast.
+        seed: Decides the order and the augmentation of the training images. Without one it is
+            that of Lightning's `seed_everything`, or 0.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    class_names: list[str]
+
+    def __init__(
+        self,
+        root: str = "data",
+        dataset: str = "cifar10",
+        batch_size: int = 100,
+        eval_batch_size: int = 1000,
+        val_size: int = 5000,
+        image_size: int = 32,
+        augmentation: Literal["zoom", "pad", "none"] = "zoom",
+        flip: bool = True,
+        evaluation: Literal["auto", "native", "zoom", "crop"] = "auto",
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if evaluation == "auto":
+            evaluation = "zoom" if augmentation == "zoom" else "native"
+        self.root = root
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.image_size = image_size
+        self.augmentation = augmentation
+        self.flip = flip
+        self.evaluation = evaluation
+        self.num_workers = num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self._draws: tuple[int, Tensor] | None = None
+        self._check_options()
+
+    def _check_options(self) -> None:
+        for name, allowed in {
+            "augmentation": ("zoom", "pad", "none"),
+            "evaluation": ("native", "zoom", "crop"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}")
+        for name, least in {
+            "batch_size": 1,
+            "eval_batch_size": 1,
+            "val_size": 0,
+            "image_size": 32,
+            "num_workers": 0,
+            "seed": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+        if self.dataset in BUILT_IN:
+            check_val_size(self.val_size, self.num_classes, BUILT_IN[self.dataset][1])
+        elif not (Path(self.dataset) / "train").is_dir():
+            raise ValueError(
+                f"dataset is {self.dataset!r}: choose {', '.join(BUILT_IN)}, "
+                "or a folder with images in train/<class>/ and test/<class>/"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; for a folder of one's own, that of the folders in its `train/`."""
+        if self.dataset in BUILT_IN:
+            return BUILT_IN[self.dataset][0]
+        return sum(path.is_dir() for path in (Path(self.dataset) / "train").iterdir())
+
+    def prepare_data(self) -> None:
+        """Downloads CIFAR into `root` and verifies its checksums, unless it is there already.
+
+        Raises:
+            FileNotFoundError: If it is not there and cannot be downloaded.
+        """
+        if self.dataset not in ("cifar10", "cifar100"):
+            return
+        source = cifar_source(self.dataset)
+        try:
+            with download_timeout(), contextlib.redirect_stdout(io.StringIO()):
+                source(self.root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{source.__name__} is not in {self.root!r} and could not be downloaded ({error}). "
+                f"Put {source.filename} or its folder {source.base_folder}/ into {self.root!r}, "
+                "or try the digits, which need no download: "
+                "python train.py fit --config recipes/digits.yaml"
+            ) from error
+
+    def setup(self, stage: str) -> None:
+        """Loads into memory what `stage` (fit, validate, test or predict) needs."""
+        if stage in ("fit", "validate"):
+            images, labels = self._load(train=True)
+            train, val = split(labels, self.val_size, self.num_classes)
+            self.val_set = ImageBatches(self._evaluation_images(images[val]), labels[val])
+            if stage == "fit":
+                images, labels = images[train], labels[train]
+                self._statistics = channel_statistics(images)
+                self.train_set = ImageBatches(self._canvas(images), labels)
+        else:
+            images, labels = self._load(train=False)
+            self.test_set = ImageBatches(self._evaluation_images(images), labels)
+
+    def _load(self, train: bool) -> Labelled:
+        """Native images (N, 3, image_size, image_size) uint8 and labels; sets `class_names`."""
+        if self.dataset == "digits":
+            images, labels, self.class_names = load_digits(train)
+        elif self.dataset in BUILT_IN:
+            source = cifar_source(self.dataset)(self.root, train=train)
+            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+            labels = torch.tensor(source.targets)
+            self.class_names = source.classes
+        else:
+            images, labels, self.class_names = load_folder(
+                Path(self.dataset), train, self.image_size, self.num_workers
+            )
+        return resize(images, self.image_size), labels
+
+    def channel_statistics(self) -> Labelled:
+        """Mean and standard deviation (3,), float32, of the training images in [0, 1]."""
+        return self._statistics
+
+    def _canvas(self, images: Tensor) -> Tensor:
+        """What training crops are taken from. Enlarged once, for resizing and flipping commute."""
+        if self.augmentation == "zoom":
+            return resize(images, zoomed(self.image_size))
+        if self.augmentation == "pad":
+            return F.pad(images, (PAD, PAD, PAD, PAD))
+        return images
+
+    def _evaluation_images(self, images: Tensor) -> Tensor:
+        if self.evaluation == "native":
+            return images
+        images = resize(images, zoomed(self.image_size))
+        if self.evaluation == "zoom":
+            return images
+        border = (zoomed(self.image_size) - self.image_size) // 2
+        inside = slice(border, border + self.image_size)
+        return images[:, :, inside, inside].contiguous()
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        # Lightning leaves this sampler alone and tells it the epoch, in any number of processes.
+        sampler = DistributedSampler(self.train_set, *self._processes(), seed=self.seed)
+        return self._loader(self.train_set, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        return self._evaluation_loader(self.val_set) if self.val_size else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
+    def _evaluation_loader(self, data: ImageBatches) -> DataLoader[Batch]:
+        # The plain DistributedSampler would repeat images to give every process as many.
+        sampler = UnrepeatedDistributedSampler(data, *self._processes(), shuffle=False)
+        return self._loader(data, self.eval_batch_size, sampler)
+
+    def _processes(self) -> tuple[int, int]:
+        """Number of processes, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader(
+        self, data: ImageBatches, batch_size: int, sampler: DistributedSampler[Batch]
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            data,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=tuple,  # a batch is one already
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Labelled:
+        """Augments training batches; makes images float32 in [0, 1]. On the device of the batch."""
+        images, labels, positions = batch
+        if self.trainer is not None and self.trainer.training:
+            images = self.augment(images, positions, self.trainer.current_epoch)
+        return images.to(torch.float32, memory_format=torch.channels_last) / 255, labels
+
+    def augment(self, canvases: Tensor, positions: Tensor, epoch: int) -> Tensor:
+        """Crops and mirrors training images, each in its own way.
+
+        Args:
+            canvases: (N, 3, H, W) uint8, as `train_set` serves them.
+            positions: (N,) int64, their positions in `train_set`.
+            epoch: The epoch, from 0.
+
+        Returns:
+            (N, 3, image_size, image_size) uint8.
+        """
+        if self._draws is None or self._draws[0] != epoch:
+            self._draws = epoch, self.draw(epoch).to(canvases.device)
+        top, left, flip = self._draws[1][:, positions]
+        return random_crops(canvases, self.image_size, top, left, flip.bool())
+
+    def draw(self, epoch: int) -> Tensor:
+        """Draws an epoch's crops and flips: (3, N) int64, the rows being top, left and flip."""
+        rng = np.random.default_rng((self.seed, epoch))
+        margin = self.train_set.images.shape[-1] - self.image_size
+        count = len(self.train_set)
+        corners = rng.integers(0, margin, size=(2, count), endpoint=True)
+        flips = rng.integers(0, 1, size=(1, count), endpoint=True) * self.flip
+        return torch.from_numpy(np.concatenate([corners, flips]))
+
+
+def random_crops(images: Tensor, size: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Crops each image at its own place, then mirrors the crops whose `flip` is true.
+
+    Args:
+        images: (N, C, H, W).
+        size: Side of the crops.
+        top: (N,) int64, the first row of each crop.
+        left: (N,) int64, the first column of each crop.
+        flip: (N,) bool.
+
+    Returns:
+        (N, C, size, size), of the dtype of `images`.
+    """
+    windows = images.unfold(2, size, 1).unfold(3, size, 1)
+    crops = windows[torch.arange(len(images), device=images.device), :, top, left]
+    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
+
+
+def zoomed(size: int) -> int:
+    """The side of an image enlarged by a quarter: 40 for 32."""
+    return size * 5 // 4
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resizes images (N, 3, H, W) uint8 to `size` × `size`, bilinear and antialiased, as PIL does."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def channel_statistics(images: Tensor) -> Labelled:
+    """Mean and standard deviation (3,), float32, of uint8 images (N, 3, H, W) seen as [0, 1]."""
+    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)])
+    share = counts.double() / counts.sum(dim=1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ values
+    variance = (share * (values - mean[:, None]) ** 2).sum(dim=1)
+    return mean.float(), variance.sqrt().clamp(min=1 / 255).float()  # a constant channel has none
+
+
+def check_val_size(val_size: int, num_classes: int, images: int) -> None:
+    """Raises a ValueError unless training and validation can both have images of every class."""
+    most = images - num_classes
+    if val_size and not num_classes <= val_size <= most:
+        raise ValueError(
+            f"val_size is {val_size}: of {images} training images in {num_classes} classes "
+            f"{num_classes} to {most} can be held out, or 0"
+        )
+
+
+def split(labels: Tensor, val_size: int, num_classes: int) -> Labelled:
+    """Positions of the training and of the validation images, the same share of each class."""
+    positions = np.arange(len(labels))
+    if not val_size:
+        return torch.from_numpy(positions), torch.empty(0, dtype=torch.int64)
+    from sklearn.model_selection import train_test_split
+
+    try:
+        check_val_size(val_size, num_classes, len(labels))
+        train, val = train_test_split(
+            positions, test_size=val_size, stratify=labels.numpy(), random_state=SPLIT_SEED
+        )
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
+
+
+def cifar_source(dataset: str) -> Any:
+    """The torchvision class of `cifar10` or `cifar100`."""
+    from torchvision import datasets  # slow to import, and most commands end without it
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+
+
+def load_digits(train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """scikit-learn's digits (8×8, 0 to 16) as 32×32 RGB, uint8: 1,437 to train, 360 to test."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+    images = resize(grey[:, None].expand(-1, 3, -1, -1).contiguous(), 32)
+    labels = torch.from_numpy(digits.target)
+    parts = train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=digits.target, random_state=SPLIT_SEED
+    )
+    part = torch.from_numpy(parts[0 if train else 1])
+    return images[part], labels[part], [str(name) for name in digits.target_names]
+
+
+def load_folder(
+    folder: Path, train: bool, size: int, num_workers: int
+) -> tuple[Tensor, Tensor, list[str]]:
+    """The images in `folder`/train or `folder`/test, each resized and cropped to `size` × `size`.
+
+    Raises:
+        MisconfigurationException: If train/ and test/ don't have the same classes.
+        FileNotFoundError: If a class has no images.
+    """
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    to_square = transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+    part = folder / ("train" if train else "test")
+    source = ImageFolder(part, to_square)
+    expected = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    if source.classes != expected:
+        raise MisconfigurationException(
+            f"{part} has the classes {source.classes}, but {folder / 'train'} has {expected}: "
+            "both must have the same"
+        )
+    batches = list(DataLoader(source, batch_size=256, num_workers=num_workers))
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    return images, labels, source.classes
+
+
+@contextlib.contextmanager
+def download_timeout() -> Iterator[None]:
+    """Gives up on connections that hang: urllib, which torchvision uses, would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

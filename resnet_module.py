@@ -1,0 +1,327 @@
+"""The model: a residual network for small images, and the LightningModule that trains and tests it.
+
+`ResNet` is plain PyTorch: images in, logits out. `ResNetModule` adds what training needs: input
+scaling, loss, metrics, optimizer and scheduler, and everything that a checkpoint must remember.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import StepLR
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+Shortcut = Literal["conv3x3", "conv1x1", "pad"]
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias (batch normalisation has one) that keeps H×W at stride 1."""
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+    )
+
+
+class PadShortcut(nn.Module):
+    """Option A of He et al. 2015: every `stride`-th pixel, new channels of zeros, no parameters."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def shortcut_for(
+    kind: Shortcut, in_channels: int, out_channels: int, stride: int
+) -> nn.Module | None:
+    """The shortcut of a block, None where the identity fits."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    if kind == "pad":
+        return PadShortcut(out_channels - in_channels, stride)
+    kernel_size = 3 if kind == "conv3x3" else 1
+    return nn.Sequential(
+        conv(in_channels, out_channels, kernel_size, stride), nn.BatchNorm2d(out_channels)
+    )
+
+
+class Block(nn.Module):
+    """The residual block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut):
+        super().__init__()
+        self.conv1 = conv(in_channels, out_channels, stride=stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = shortcut_for(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + shortcut, inplace=True)
+
+
+class PreactivationBlock(nn.Module):
+    """The block of He et al. 2016 (arXiv:1603.05027): BN–ReLU–conv twice, nothing after the sum.
+
+    Where shapes differ the shortcut branches off after the first BN–ReLU, and is that paper's bare
+    convolution: what follows the sum is normalised by the next block.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, stride=stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels)
+        downsample = shortcut_for(shortcut, in_channels, out_channels, stride)
+        self.downsample = downsample[0] if isinstance(downsample, nn.Sequential) else downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x), inplace=True)
+        shortcut = x if self.downsample is None else self.downsample(out)
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+
+
+class ResNet(nn.Module):
+    """A residual network of three stages for small images (He et al. 2015, section 4.2).
+
+    A 3×3 stem, three stages of `width`, 2·`width` and 4·`width` channels, the second and third
+    starting with stride 2, global average pooling, and a linear head. Its depth in the paper's
+    count is 2·sum(`layers`) + 2: (3, 3, 3) is ResNet-20, (18, 18, 18) ResNet-110. The parameters
+    are named as torchvision names them: layer1 to layer3 are the stages, downsample the shortcuts.
+
+    Args:
+        layers: Number of blocks in each of the three stages.
+        num_classes: Number of logits.
+        shortcut: What joins two shapes: `conv3x3` (convolution and BN), `conv1x1` (option B of the
+            paper) or `pad` (option A: subsampling and zeros, no parameters).
+        preactivation: Use the blocks of He et al. 2016 instead.
+        width: Channels of the stem and of the first stage.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int] = (3, 3, 3),
+        num_classes: int = 10,
+        shortcut: Shortcut = "conv3x3",
+        preactivation: bool = False,
+        width: int = 16,
+    ) -> None:
+        super().__init__()
+        if len(layers) != 3 or min(layers) < 1:
+            raise ValueError(f"layers is {layers}: it takes three numbers of blocks, each 1 or more")
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}: it must be 1 or more")
+        if width < 1:
+            raise ValueError(f"width is {width}: it must be 1 or more channels")
+        if shortcut not in ("conv3x3", "conv1x1", "pad"):
+            raise ValueError(f"shortcut is {shortcut!r}: choose conv3x3, conv1x1 or pad")
+
+        block = PreactivationBlock if preactivation else Block
+
+        def stage(index: int) -> nn.Sequential:
+            channels, stride = width * 2**index, 1 if index == 0 else 2
+            first = block(width if index == 0 else channels // 2, channels, stride, shortcut)
+            rest = (block(channels, channels, 1, shortcut) for _ in range(layers[index] - 1))
+            return nn.Sequential(first, *rest)
+
+        self.preactivation = preactivation
+        self.conv = conv(3, width)
+        # Preactivation blocks begin with BN and ReLU, so theirs comes once, after the last block.
+        self.bn = nn.BatchNorm2d(4 * width if preactivation else width)
+        self.layer1, self.layer2, self.layer3 = stage(0), stage(1), stage(2)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps float images (N, 3, H, W), H and W 32 or more, to logits (N, num_classes)."""
+        x = self.conv(images)
+        if not self.preactivation:
+            x = F.relu(self.bn(x), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        if self.preactivation:
+            x = F.relu(self.bn(x), inplace=True)
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class ResNetModule(LightningModule):
+    """Trains, validates and tests a `ResNet` with cross-entropy; logs loss, accuracy and `lr`.
+
+    Class names and input scaling are taken from the data at the start of `fit` and travel in the
+    checkpoint, so that the trained network means the same wherever it is loaded.
+
+    Args:
+        normalize: Scale the input by mean and standard deviation of the training images, per
+            channel; otherwise the network sees [0, 1].
+        optimizer: Any torch optimizer.
+        lr_scheduler: Any torch learning-rate scheduler, or none.
+        lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
+        **network: The options of `ResNet`.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        normalize: bool = True,
+        optimizer: OptimizerCallable = lambda params: Adam(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: StepLR(
+            optimizer, step_size=20, gamma=0.3333333333333333
+        ),
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        **network: Any,
+    ) -> None:
+        super().__init__()
+        # Functions are no plain types: a checkpoint that holds one would not load with
+        # weights_only. What the command line records of them is plain, and stays.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.normalize = normalize
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.network = ResNet(**network)
+        self.network.to(memory_format=torch.channels_last)
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+        num_classes = self.network.fc.out_features
+        self.class_names = [str(label) for label in range(num_classes)]
+        metrics = MetricCollection(
+            {
+                "loss": MeanMetric(nan_strategy="disable"),
+                "acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            }
+        )
+        self.train_metrics = metrics.clone(prefix="train/")
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+
+    def setup(self, stage: str) -> None:
+        """Takes what belongs to the network from the data that it is trained on."""
+        if stage != "fit":
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "class_names"):
+            self.class_names = list(data.class_names)
+        if not self.normalize:
+            return
+        if not hasattr(data, "channel_statistics"):
+            raise MisconfigurationException(
+                "normalize is True, but the data has no channel_statistics(): "
+                "use CIFARDataModule, or ResNetModule(normalize=False) on images of your own scale"
+            )
+        mean, std = data.channel_statistics()
+        self.mean.copy_(mean.view(3, 1, 1))
+        self.std.copy_(std.view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps float images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
+        return self.network((images - self.mean) / self.std)
+
+    def _step(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        metrics["loss"].update(loss.detach(), weight=len(labels))
+        metrics["acc"].update(logits, labels)
+        return loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = self._step(batch, self.train_metrics)
+        if batch_idx % self.trainer.log_every_n_steps == 0:
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._step(batch, self.val_metrics)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._step(batch, self.test_metrics)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Returns the probabilities (N, num_classes), float32, of a batch of images."""
+        return self(batch[0]).float().softmax(dim=1)
+
+    # Metrics are logged once per epoch: in every step it would cost more than the metrics do.
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.train_metrics, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_metrics, prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics)
+
+    def on_train_epoch_start(self) -> None:
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": self.lr_interval,
+                "monitor": getattr(scheduler, "monitor", None),  # ReduceLROnPlateau has one
+            },
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class_names"] = self.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_state_dict(checkpoint["state_dict"], self, "the checkpoint")
+        self.class_names = checkpoint["class_names"]
+
+    def load_network(self, path: str | Path) -> None:
+        """Loads the network's weights from a bare `state_dict` file, the input scale being [0, 1].
+
+        Raises:
+            MisconfigurationException: If the file is no `state_dict` or does not fit the network.
+        """
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        check_state_dict(state_dict, self.network, str(path))
+        self.network.load_state_dict(state_dict)
+
+
+def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str) -> None:
+    """Raises a MisconfigurationException in one sentence unless `state_dict` fits `module`."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
+    faults = (
+        [f"it lacks {key}" for key in expected.keys() - found.keys()]
+        + [f"it has an unknown {key}" for key in found.keys() - expected.keys()]
+        + [
+            f"{key} is {found[key]} and should be {expected[key]}"
+            for key in expected.keys() & found.keys()
+            if found[key] != expected[key]
+        ]
+    )
+    if faults:
+        raise MisconfigurationException(
+            f"{name} does not fit the network: {sorted(faults)[0]} "
+            f"({len(faults)} of its {len(found)} entries don't fit); "
+            "give the options of the network that it was trained with (layers, width, shortcut, ...)"
+        )

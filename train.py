@@ -1,0 +1,273 @@
+"""The command line: trains, validates, tests and applies a residual network on CIFAR.
+
+    python train.py fit                 # 80 epochs on CIFAR-10; runs go to lightning_logs/
+    python train.py fit --ckpt last     # goes on with the newest run
+    python train.py test                # the best checkpoint of the newest run
+    python train.py fit --help          # every option
+
+Every option can also stand in a YAML file given with --config, as those in recipes/ do.
+"""
+
+import copy
+import csv
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from cifar_datamodule import CIFARDataModule
+from resnet_module import ResNetModule
+
+LOGS = "lightning_logs"
+# Constant file names: `best` and `last` of a run are found without a record of them.
+COMMON = {"auto_insert_metric_name": False, "enable_version_counter": False}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "best_checkpoint": {"filename": "best", "monitor": "val/acc", "mode": "max"},
+    "last_checkpoint": {"filename": "last"},
+    "periodic_checkpoint": {"filename": "epoch_{epoch}", "every_n_epochs": 20, "save_top_k": -1},
+}
+
+
+class CLI(LightningCLI):
+    """LightningCLI with checkpoints that are found by name and bring their own options."""
+
+    checkpoint: Path | None = None
+    only_network = False  # the checkpoint is a state_dict of the bare network
+    run: Path | None = None  # the folder of the run that fit goes on with
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--ckpt",
+            type=str | None,
+            nargs="?",
+            const="auto",
+            help="Checkpoint: a path, or `best` or `last` of the newest run in lightning_logs. "
+            "Without a value it is `last` for fit, which goes on with that run, and `best` for the "
+            "others, which is also their default. They take a bare network's state_dict as well.",
+        )
+        for name, defaults in CHECKPOINTS.items():
+            parser.add_lightning_class_args(ModelCheckpoint, name)
+            parser.set_defaults({f"{name}.{k}": v for k, v in {**COMMON, **defaults}.items()})
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
+        given = parser.parse_args(args, defaults=False)
+        command, options = given.subcommand, given[given.subcommand]
+        self.accelerator = options.get("trainer.accelerator")
+        check_accelerator(self.accelerator)
+        name = options.get("ckpt") or options.get("ckpt_path")
+        if name or command != "fit":
+            root = Path(options.get("trainer.default_root_dir") or ".")
+            self._take_options(find_checkpoint(name, command, root / LOGS), command)
+        super().parse_arguments(parser, args)
+        # LightningCLI would read the checkpoint's options again, over those given explicitly.
+        self.config[command].ckpt_path = None
+
+    def _take_options(self, checkpoint: Path, command: str) -> None:
+        """Makes the options of a checkpoint, and of its run for fit, the parser's defaults."""
+        say(f"Checkpoint: {checkpoint}")
+        content = read_checkpoint(checkpoint)
+        self.checkpoint, self.only_network = checkpoint, "state_dict" not in content
+        if self.only_network and command == "fit":
+            fail(f"{checkpoint} holds a bare network, which fit cannot go on with; test can use it")
+        options = stored_options(content)
+        config_file = checkpoint.absolute().parents[1] / "config.yaml"
+        if command == "fit" and config_file.is_file():
+            self.run = config_file.parent
+            run_options = yaml.safe_load(config_file.read_text())
+            for section in ("trainer", *CHECKPOINTS):
+                options[section] = run_options[section]
+            options["seed_everything"] = run_options["seed_everything"]
+        self._parser(command).set_defaults(flatten(options))
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if self.checkpoint and not self.only_network:
+            config.ckpt_path = str(self.checkpoint)
+        if self.subcommand != "fit" or config.trainer.logger is False:
+            self.save_config_callback = None  # it would write config.yaml into the working folder
+        if config.data.val_size == 0 or config.trainer.limit_val_batches == 0:
+            config.best_checkpoint.monitor = None  # without validation the last is the best
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            fail(str(error))
+        if self.checkpoint and self.only_network:
+            self.model.load_network(self.checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config[self.subcommand].trainer
+        if config.logger in (None, True):
+            kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
+                self.run.parents[1] if self.run else config.default_root_dir or ".",
+                name=self.run.parent.name if self.run else LOGS,
+                version=self.run.name if self.run else None,
+                default_hp_metric=False,
+            )
+        if gpu_found() or self.accelerator:
+            return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(accelerator="cpu", **kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks.append(SayTimeOnCPU())
+        else:
+            say("No GPU found: running on the CPU")
+        return trainer
+
+    def after_fit(self) -> None:
+        """Writes the run's entry in TensorBoard's HPARAMS and says where the best checkpoint is."""
+        best = self.config_init["fit"].best_checkpoint
+        score = best.best_model_score
+        if isinstance(self.trainer.logger, TensorBoardLogger):
+            last = self.trainer.callback_metrics.get("train/acc")
+            self.trainer.logger.log_hyperparams(
+                {**self.model.hparams, **self.datamodule.hparams},
+                {"hp/train_acc": last} if score is None else {"hp/best_val_acc": score},
+            )
+        if best.best_model_path:
+            path = Path(best.best_model_path)
+            path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+            accuracy = "" if score is None else f" (val/acc {score:.4f})"
+            say(f"Best checkpoint: {path}{accuracy}. Test it: python train.py test --ckpt {path}")
+
+    def after_predict(self) -> None:
+        """Writes class and probability of each test image beside the checkpoint."""
+
+
+class SayTimeOnCPU(Callback):
+    """Says that the CPU stands in for the GPU that was not found, and how long it will take."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epochs = (trainer.max_epochs or 1) - trainer.current_epoch
+        seconds = seconds_per_step(trainer, pl_module) * trainer.num_training_batches
+        say(
+            f"No GPU found: training on the CPU, about {seconds:.0f} s per epoch, "
+            f"{seconds * epochs / 60:.0f} min for {epochs} epochs"
+        )
+
+
+def seconds_per_step(trainer: Trainer, module: LightningModule) -> float:
+    """Times forward and backward of a copy of the network, on a batch of noise."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    network = copy.deepcopy(module.network)
+    noise = torch.Generator().manual_seed(0)  # leaves the run's own random numbers alone
+    images = torch.rand(data.batch_size, 3, data.image_size, data.image_size, generator=noise)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with trainer.precision_plugin.forward_context():
+            loss = network(images).sum()
+        loss.backward()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gpu_found() -> bool:
+    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
+
+
+def check_accelerator(accelerator: str | None) -> None:
+    if accelerator in ("gpu", "cuda", "mps") and not gpu_found():
+        fail(
+            f"trainer.accelerator is {accelerator!r}, but no GPU was found: "
+            "leave the option out, or give --trainer.accelerator cpu"
+        )
+
+
+def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
+    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it."""
+    if name in (None, "auto"):
+        name = "last" if command == "fit" else "best"
+    if name not in ("best", "last"):
+        path = Path(str(name))
+        return path if path.is_file() else fail(f"ckpt is {name!r}: there is no such file")
+    found = list(logs.glob(f"*/checkpoints/{name}.ckpt"))
+    if not found:
+        fail(f"no run in {logs}/ has a {name}.ckpt: train with `python train.py fit`, or give --ckpt PATH")
+    return max(found, key=lambda path: (version_number(path), path.stat().st_mtime))
+
+
+def version_number(checkpoint: Path) -> int:
+    """N for a checkpoint of the run version_N, -1 for a run of another name."""
+    number = checkpoint.parents[1].name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes fail in any way
+        fail(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[:1]}")
+    if not isinstance(content, dict):
+        fail(f"{path} holds a {type(content).__name__}, not a checkpoint or a state_dict")
+    return content
+
+
+def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint was trained with, by section.
+
+    A bare network has none: it is taken to be one that was trained on [0, 1].
+    """
+    if "state_dict" not in checkpoint:
+        return {"model": {"normalize": False}}
+    return {
+        "model": checkpoint.get("hyper_parameters", {}),
+        "data": checkpoint.get("datamodule_hyper_parameters", {}),
+    }
+
+
+def flatten(options: dict[str, Any]) -> dict[str, Any]:
+    """Parser defaults {"section.name": value}, without what the parser itself derives."""
+    derived = ("model._instantiator", "data._instantiator", "model.num_classes")
+    flat = {
+        f"{section}.{name}": value
+        for section, values in options.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
+    return {name: value for name, value in {**flat, **plain}.items() if name not in derived}
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def fail(message: str, exit_code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def main(args: ArgsType = None) -> None:
+    # Batches come from memory, where more workers don't help.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    try:
+        CLI(
+            ResNetModule,
+            CIFARDataModule,
+            trainer_defaults={"accelerator": "gpu", "max_epochs": 80, "log_every_n_steps": 10},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except (MisconfigurationException, OSError) as error:
+        fail(str(error), exit_code=1)
+
+
+if __name__ == "__main__":
+    main()
