@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -120,7 +120,7 @@ class CIFARDataModule(LightningDataModule):
     def _check_options(self) -> None:
         for name, allowed in {
             "augmentation": ("zoom", "pad", "none"),
-            "evaluation": ("native", "zoom", "crop"),
+            "evaluation": ("auto", "native", "zoom", "crop"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}")
@@ -177,6 +177,7 @@ class CIFARDataModule(LightningDataModule):
             self.val_set = ImageBatches(self._evaluation_images(images[val]), labels[val])
             if stage == "fit":
                 images, labels = images[train], labels[train]
+                self._draws = None
                 self._statistics = channel_statistics(images)
                 self.train_set = ImageBatches(self._canvas(images), labels)
         else:
@@ -222,7 +223,9 @@ class CIFARDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Lightning leaves this sampler alone and tells it the epoch, in any number of processes.
-        sampler = DistributedSampler(self.train_set, *self._processes(), seed=self.seed)
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            self.train_set, *self._processes(), seed=self.seed
+        )
         return self._loader(self.train_set, self.batch_size, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -276,7 +279,7 @@ class CIFARDataModule(LightningDataModule):
         if self._draws is None or self._draws[0] != epoch:
             self._draws = epoch, self.draw(epoch).to(canvases.device)
         top, left, flip = self._draws[1][:, positions]
-        return random_crops(canvases, self.image_size, top, left, flip.bool())
+        return flip_and_crop(canvases, self.image_size, flip.bool(), top, left)
 
     def draw(self, epoch: int) -> Tensor:
         """Draws an epoch's crops and flips: (3, N) int64, the rows being top, left and flip."""
@@ -288,20 +291,22 @@ class CIFARDataModule(LightningDataModule):
         return torch.from_numpy(np.concatenate([corners, flips]))
 
 
-def random_crops(images: Tensor, size: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Crops each image at its own place, then mirrors the crops whose `flip` is true.
+def flip_and_crop(images: Tensor, size: int, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:
+    """Mirrors the images whose `flip` is true, then crops each at its own place.
 
     Args:
         images: (N, C, H, W).
         size: Side of the crops.
-        top: (N,) int64, the first row of each crop.
-        left: (N,) int64, the first column of each crop.
         flip: (N,) bool.
+        top: (N,) int64, the first row of each crop.
+        left: (N,) int64, the first column of each crop, in the mirrored image where `flip` is true.
 
     Returns:
         (N, C, size, size), of the dtype of `images`.
     """
     windows = images.unfold(2, size, 1).unfold(3, size, 1)
+    # Mirroring the crop instead of the image moves less, once the corner is mirrored, too.
+    left = torch.where(flip, images.shape[3] - size - left, left)
     crops = windows[torch.arange(len(images), device=images.device), :, top, left]
     return torch.where(flip[:, None, None, None], crops.flip(3), crops)
 
@@ -312,7 +317,7 @@ def zoomed(size: int) -> int:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resizes images (N, 3, H, W) uint8 to `size` × `size`, bilinear and antialiased, as PIL does."""
+    """Resizes uint8 images (N, 3, H, W) to `size` × `size`: bilinear, antialiased, as PIL does."""
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

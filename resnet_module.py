@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -59,7 +59,9 @@ def shortcut_for(
 class Block(nn.Module):
     """The residual block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut
+    ) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, out_channels, stride=stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -81,7 +83,9 @@ class PreactivationBlock(nn.Module):
     convolution: what follows the sum is normalised by the next block.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut
+    ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, out_channels, stride=stride)
@@ -126,7 +130,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(layers) != 3 or min(layers) < 1:
-            raise ValueError(f"layers is {layers}: it takes three numbers of blocks, each 1 or more")
+            raise ValueError(
+                f"layers is {layers}: it takes three numbers of blocks, 1 or more each"
+            )
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}: it must be 1 or more")
         if width < 1:
@@ -247,7 +253,7 @@ class ResNetModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.train_metrics)
-        if batch_idx % self.trainer.log_every_n_steps == 0:
+        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
@@ -309,7 +315,12 @@ class ResNetModule(LightningModule):
 def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str) -> None:
     """Raises a MisconfigurationException in one sentence unless `state_dict` fits `module`."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
+    found = {
+        key: tuple(value.shape) for key, value in state_dict.items() if hasattr(value, "shape")
+    }
+    for key in expected.keys() - found.keys():
+        if key.endswith("num_batches_tracked"):  # files of PyTorch 0.3, the note's, have none
+            del expected[key]
     faults = (
         [f"it lacks {key}" for key in expected.keys() - found.keys()]
         + [f"it has an unknown {key}" for key in found.keys() - expected.keys()]
@@ -323,5 +334,5 @@ def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str
         raise MisconfigurationException(
             f"{name} does not fit the network: {sorted(faults)[0]} "
             f"({len(faults)} of its {len(found)} entries don't fit); "
-            "give the options of the network that it was trained with (layers, width, shortcut, ...)"
+            "give the options that the network was trained with (layers, width, shortcut, ...)"
         )

@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from cifar_datamodule import CIFARDataModule
 from resnet_module import ResNetModule
@@ -63,10 +63,14 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
-        given = parser.parse_args(args, defaults=False)
+        given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
         command, options = given.subcommand, given[given.subcommand]
         self.accelerator = options.get("trainer.accelerator")
-        check_accelerator(self.accelerator)
+        if self.accelerator in ("gpu", "cuda", "mps") and not gpu_found():
+            fail(
+                f"trainer.accelerator is {self.accelerator!r}, but no GPU was found: "
+                "leave the option out, or give --trainer.accelerator cpu"
+            )
         name = options.get("ckpt") or options.get("ckpt_path")
         if name or command != "fit":
             root = Path(options.get("trainer.default_root_dir") or ".")
@@ -118,14 +122,13 @@ class CLI(LightningCLI):
                 version=self.run.name if self.run else None,
                 default_hp_metric=False,
             )
-        if gpu_found() or self.accelerator:
-            return super().instantiate_trainer(**kwargs)
-        trainer = super().instantiate_trainer(accelerator="cpu", **kwargs)
-        if self.subcommand == "fit":
-            trainer.callbacks.append(SayTimeOnCPU())
-        else:
-            say("No GPU found: running on the CPU")
-        return trainer
+        if self.subcommand == "predict" and config.devices == "auto":
+            kwargs["devices"] = 1
+        if self.accelerator is None and not gpu_found():
+            kwargs["accelerator"] = "cpu"
+            if self.subcommand != "fit":  # which says so itself, with the time that it will take
+                say("No GPU found: running on the CPU")
+        return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
         """Writes the run's entry in TensorBoard's HPARAMS and says where the best checkpoint is."""
@@ -143,23 +146,41 @@ class CLI(LightningCLI):
             accuracy = "" if score is None else f" (val/acc {score:.4f})"
             say(f"Best checkpoint: {path}{accuracy}. Test it: python train.py test --ckpt {path}")
 
-    def after_predict(self) -> None:
-        """Writes class and probability of each test image beside the checkpoint."""
+    def predict(self, **kwargs: Any) -> None:
+        """Writes predictions.csv beside the checkpoint: one line for each test image."""
+        if self.trainer.world_size > 1:
+            fail("predict writes one file, in one process: give --trainer.devices 1")
+        assert self.checkpoint is not None
+        batches: Any = self.trainer.predict(**kwargs)
+        probabilities = torch.cat(batches)
+        names, labels = self.datamodule.class_names, self.datamodule.test_set.labels
+        path = self.checkpoint.parent / "predictions.csv"
+        half_written = path.with_suffix(".tmp")
+        with half_written.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["index", "true", "predicted", "probability"])
+            for index, (label, row) in enumerate(zip(labels, probabilities, strict=True)):
+                top = int(row.argmax())
+                rows.writerow([index, names[label], names[top], f"{row[top]:.4f}"])
+        half_written.replace(path)
+        say(f"Predictions: {path}")
 
 
 class SayTimeOnCPU(Callback):
-    """Says that the CPU stands in for the GPU that was not found, and how long it will take."""
+    """Says how long training will take where the CPU has to do it."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epochs = (trainer.max_epochs or 1) - trainer.current_epoch
+        if pl_module.device.type != "cpu" or trainer.max_epochs is None:
+            return
+        epochs = trainer.max_epochs - trainer.current_epoch
         seconds = seconds_per_step(trainer, pl_module) * trainer.num_training_batches
         say(
-            f"No GPU found: training on the CPU, about {seconds:.0f} s per epoch, "
-            f"{seconds * epochs / 60:.0f} min for {epochs} epochs"
+            f"{'' if gpu_found() else 'No GPU found: '}training on the CPU, about {seconds:.0f} s "
+            f"per epoch, {seconds * epochs / 60:.0f} min for {epochs} epochs"
         )
 
 
-def seconds_per_step(trainer: Trainer, module: LightningModule) -> float:
+def seconds_per_step(trainer: Trainer, module: Any) -> float:
     """Times forward and backward of a copy of the network, on a batch of noise."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     network = copy.deepcopy(module.network)
@@ -179,14 +200,6 @@ def gpu_found() -> bool:
     return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
-def check_accelerator(accelerator: str | None) -> None:
-    if accelerator in ("gpu", "cuda", "mps") and not gpu_found():
-        fail(
-            f"trainer.accelerator is {accelerator!r}, but no GPU was found: "
-            "leave the option out, or give --trainer.accelerator cpu"
-        )
-
-
 def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
     """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it."""
     if name in (None, "auto"):
@@ -196,7 +209,10 @@ def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
         return path if path.is_file() else fail(f"ckpt is {name!r}: there is no such file")
     found = list(logs.glob(f"*/checkpoints/{name}.ckpt"))
     if not found:
-        fail(f"no run in {logs}/ has a {name}.ckpt: train with `python train.py fit`, or give --ckpt PATH")
+        fail(
+            f"no run in {logs}/ has a {name}.ckpt: "
+            "train one with python train.py fit, or give --ckpt PATH"
+        )
     return max(found, key=lambda path: (version_number(path), path.stat().st_mtime))
 
 
@@ -253,13 +269,19 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
 
 
 def main(args: ArgsType = None) -> None:
-    # Batches come from memory, where more workers don't help.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches lie in memory
+    warnings.filterwarnings("ignore", ".*Total length of `list`.*")  # with val_size 0
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
     try:
         CLI(
             ResNetModule,
             CIFARDataModule,
-            trainer_defaults={"accelerator": "gpu", "max_epochs": 80, "log_every_n_steps": 10},
+            trainer_defaults={
+                "accelerator": "gpu",
+                "max_epochs": 80,
+                "log_every_n_steps": 10,
+                "callbacks": [SayTimeOnCPU()],
+            },
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,

@@ -1,0 +1,133 @@
+"""What the tests share: small data sets in CIFAR's own format, and the command line in-process."""
+
+import hashlib
+import os
+import pickle
+import sys
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import CIFAR10, CIFAR100
+
+import cifar_datamodule
+import train
+
+TRAIN_IMAGES, TEST_IMAGES = 250, 60
+TINY = ["--model.layers=[1,1,1]", "--model.width=4"]
+SMALL_DIGITS = ["--data.dataset=digits", "--data.val_size=200", "--data.batch_size=200", *TINY]
+
+
+def write_batch(path: Path, count: int, classes: int, label_key: str) -> tuple[str, str]:
+    """Writes one pickled batch as CIFAR's authors did; returns its name and md5."""
+    rng = np.random.default_rng(len(path.name) + ord(path.name[-1]))
+    batch = {
+        "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+        label_key: (np.arange(count) % classes).tolist(),
+    }
+    path.write_bytes(pickle.dumps(batch))
+    return path.name, hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_cifar(root: Path, source: type[CIFAR10], patch: pytest.MonkeyPatch) -> Path:
+    """Writes a small CIFAR into `root` and makes torchvision take it for the whole one."""
+    hundred = source is CIFAR100
+    classes, label_key = (100, "fine_labels") if hundred else (10, "labels")
+    folder = root / source.base_folder
+    folder.mkdir(parents=True)
+    names = [name for name, _ in source.train_list]
+    count = TRAIN_IMAGES // len(names)
+    patch.setattr(
+        source,
+        "train_list",
+        [write_batch(folder / name, count, classes, label_key) for name in names],
+    )
+    patch.setattr(
+        source,
+        "test_list",
+        [
+            write_batch(folder / name, TEST_IMAGES, classes, label_key)
+            for name, _ in source.test_list
+        ],
+    )
+    meta = folder / source.meta["filename"]
+    meta.write_bytes(pickle.dumps({source.meta["key"]: [f"class {i}" for i in range(classes)]}))
+    md5 = hashlib.md5(meta.read_bytes()).hexdigest()
+    patch.setattr(source, "meta", {**source.meta, "md5": md5})
+    # No test reaches the network: what is not there cannot be fetched either.
+    patch.setattr(source, "url", (root / "nowhere" / source.filename).as_uri())
+    known = {"cifar10": (10, TRAIN_IMAGES), "cifar100": (100, TRAIN_IMAGES)}
+    patch.setattr(cifar_datamodule, "BUILT_IN", {**cifar_datamodule.BUILT_IN, **known})
+    return root
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root with 250 + 60 images of noise in CIFAR-10's format."""
+    return write_cifar(tmp_path / "cifar", CIFAR10, monkeypatch)
+
+
+@pytest.fixture
+def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root with 250 + 60 images of noise in CIFAR-100's format."""
+    return write_cifar(tmp_path / "cifar", CIFAR100, monkeypatch)
+
+
+def pack(root: Path, source: type[CIFAR10], patch: pytest.MonkeyPatch) -> Path:
+    """Packs the batches in `root` as the official archive, and removes them."""
+    archive = root / source.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root / source.base_folder, source.base_folder)
+    for path in (root / source.base_folder).iterdir():
+        path.unlink()
+    (root / source.base_folder).rmdir()
+    patch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+@dataclass
+class Outcome:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs `python train.py ARGS` in this process, in a working folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def command(*args: str) -> Outcome:
+        quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        code = 0
+        capfd.readouterr()
+        try:
+            with warnings.catch_warnings():
+                train.main([args[0], *quiet, *args[1:]])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err)
+
+    return command
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Undoes what seed_everything and the Trainer leave in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

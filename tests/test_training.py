@@ -1,0 +1,198 @@
+"""Training against a plain PyTorch loop, and what a checkpoint remembers."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from cifar_datamodule import CIFARDataModule
+from resnet_module import ResNet, ResNetModule
+
+SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
+
+
+def fit(module: ResNetModule, data: CIFARDataModule, folder: Path, epochs: int = 2) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=CSVLogger(folder, name=None, version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+def history(folder: Path, name: str) -> list[float]:
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def small_data(root: Path) -> CIFARDataModule:
+    return CIFARDataModule(str(root), val_size=50, batch_size=64, eval_batch_size=32)
+
+
+def test_training_is_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
+    """Weights, learning rates, losses and accuracies, in training mode and in eval mode."""
+    seed_everything(1)
+    data = small_data(cifar10)
+    module = ResNetModule(lr_scheduler=lambda optimizer: StepLR(optimizer, 1, gamma=0.1), **SMALL)
+    network = ResNet(**SMALL)
+    network.load_state_dict(module.network.state_dict())
+    fit(module, data, tmp_path, epochs=3)
+
+    mean, std = (value.view(3, 1, 1) for value in data.channel_statistics())
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    expected: dict[str, list[float]] = {"train/loss": [], "train/acc": [], "val/loss": [], "val/acc": []}
+    for epoch in range(3):
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(1 + epoch))
+        losses, hits = torch.zeros(()), 0
+        network.train()
+        for positions in order.split(64):
+            images, labels, _ = data.train_set.__getitems__(positions.tolist())
+            images = data.augment(images, positions, epoch) / 255
+            logits = network((images - mean) / std)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += loss.detach() * len(labels)
+            hits += int((logits.argmax(1) == labels).sum())
+        expected["train/loss"].append(float(losses) / 200)
+        expected["train/acc"].append(hits / 200)
+        network.eval()
+        with torch.no_grad():
+            logits = network((data.val_set.images / 255 - mean) / std)
+        expected["val/loss"].append(float(F.cross_entropy(logits, data.val_set.labels)))
+        accuracy = (logits.argmax(1) == data.val_set.labels).float().mean()
+        expected["val/acc"].append(float(accuracy))
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.1
+
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(module.network.state_dict()[name], value, msg=name)
+    for name, values in expected.items():
+        assert history(tmp_path, name) == pytest.approx(values, rel=1e-4), name
+    assert history(tmp_path, "lr") == pytest.approx([1e-3, 1e-4, 1e-5])
+
+
+def test_defaults_are_adam_and_a_third_every_20_epochs() -> None:
+    config: Any = ResNetModule(**SMALL).configure_optimizers()
+    optimizer, scheduler = config["optimizer"], config["lr_scheduler"]["scheduler"]
+    assert type(optimizer) is torch.optim.Adam
+    rates = []
+    for _ in range(80):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1e-3 / 3 ** (epoch // 20) for epoch in range(80)])
+
+
+def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
+    def optimizer(params: Any) -> SGD:
+        return SGD(params, lr=0.5)
+
+    def train(name: str, **options: Any) -> list[float]:
+        module = ResNetModule(optimizer=optimizer, **options, **SMALL)
+        fit(module, small_data(cifar10), tmp_path / name)
+        return history(tmp_path / name, "lr")
+
+    assert train("none", lr_scheduler=None) == [0.5, 0.5]
+    # Four steps of 64, 64, 64 and 8 images make an epoch.
+    each_step = train("step", lr_scheduler=lambda o: StepLR(o, 1, gamma=0.5), lr_interval="step")
+    assert each_step == [0.5, 0.5 / 2**4]
+    plateau = train(
+        "plateau", lr_scheduler=lambda o: ReduceLROnPlateau(o, "val/acc", mode="min", patience=0)
+    )
+    assert plateau[0] == 0.5
+
+
+def test_checkpoint_is_plain_and_complete(cifar10: Path, tmp_path: Path) -> None:
+    data = small_data(cifar10)
+    module = ResNetModule(
+        optimizer=lambda params: SGD(params, lr=0.1), preactivation=True, shortcut="pad", **SMALL
+    )
+    fit(module, data, tmp_path).save_checkpoint(tmp_path / "model.ckpt")
+
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert content["class_names"] == [f"class {i}" for i in range(10)]
+    assert content["datamodule_hyper_parameters"]["root"] == str(cifar10)
+
+    loaded = ResNetModule.load_from_checkpoint(tmp_path / "model.ckpt").eval()
+    assert loaded.class_names == content["class_names"]
+    assert loaded.network.preactivation
+    torch.testing.assert_close(loaded.mean.flatten(), data.channel_statistics()[0])
+    images = torch.rand(2, 3, 40, 40)
+    scaled = (images - loaded.mean) / loaded.std
+    torch.testing.assert_close(loaded(images), module.eval().network(scaled))
+    assert CIFARDataModule.load_from_checkpoint(tmp_path / "model.ckpt").batch_size == 64
+
+
+def test_without_normalisation_the_network_sees_zero_to_one(cifar10: Path, tmp_path: Path) -> None:
+    module = ResNetModule(normalize=False, **SMALL)
+    fit(module, small_data(cifar10), tmp_path, epochs=1)
+    module.eval()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(module(images), module.network(images))
+
+
+def test_normalisation_without_statistics_is_an_error() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    batches: Any = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))]
+    with pytest.raises(MisconfigurationException, match="normalize=False"):
+        trainer.fit(ResNetModule(**SMALL), batches)
+
+
+def test_predictions_are_probabilities() -> None:
+    module = ResNetModule(**SMALL)
+    probabilities = module.predict_step((torch.rand(5, 3, 32, 32), torch.zeros(5)))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
+    assert probabilities.shape == (5, 10)
+
+
+def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if "num_batches" not in key}
+
+
+def test_state_dict_of_the_note_loads(tmp_path: Path) -> None:
+    network = ResNet()
+    for kind, state in [
+        ("new", network.state_dict()),
+        ("pytorch_0.3", without_counters(network.state_dict())),
+    ]:
+        path = tmp_path / f"{kind}.pkl"
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "new")
+        module = ResNetModule()
+        module.load_network(path)
+        assert torch.equal(module.network.layer3[2].conv2.weight, network.layer3[2].conv2.weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (ResNet(num_classes=7), r"fc\.bias is \(7,\) and should be \(10,\)"),
+        (ResNet((3, 3, 2)), r"it lacks layer3\.2\.bn1\.bias"),
+        (ResNet((3, 3, 4)), r"it has an unknown layer3\.3\.bn1\.bias"),
+    ],
+)
+def test_state_dict_that_does_not_fit_is_refused(
+    network: ResNet, message: str, tmp_path: Path
+) -> None:
+    torch.save(network.state_dict(), tmp_path / "other.pkl")
+    module = ResNetModule()
+    before = module.network.fc.weight.clone()
+    with pytest.raises(MisconfigurationException, match=message):
+        module.load_network(tmp_path / "other.pkl")
+    assert torch.equal(module.network.fc.weight, before)
