@@ -246,10 +246,11 @@ class ResNetModule(LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
-        metrics["loss"].update(loss.detach(), weight=len(labels))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        # One by one: torchmetrics 1.9 forgets the weight of a mean when NaN checks are off.
+        metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
-        return loss
+        return losses.mean()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.train_metrics)

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import cifar_datamodule
 import train
+
+torch.set_num_threads(1)  # the networks here are too small to share out
 
 TRAIN_IMAGES, TEST_IMAGES = 250, 60
 TINY = ["--model.layers=[1,1,1]", "--model.width=4"]
@@ -102,9 +105,7 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs `python train.py ARGS` in this process, in a working folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
