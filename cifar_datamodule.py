@@ -21,10 +21,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Labelled = tuple[Tensor, Tensor]
 
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # Number of classes and of training images.
 BUILT_IN = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "digits": (10, 1_437)}
 PAD = 4  # pixels of zeros on each side, as in He et al. 2015
@@ -155,9 +158,9 @@ class CIFARDataModule(LightningDataModule):
         Raises:
             FileNotFoundError: If it is not there and cannot be downloaded.
         """
-        if self.dataset not in ("cifar10", "cifar100"):
+        if self.dataset not in CIFAR:
             return
-        source = cifar_source(self.dataset)
+        source = CIFAR[self.dataset]
         try:
             with download_timeout(), contextlib.redirect_stdout(io.StringIO()):
                 source(self.root, download=True)
@@ -188,8 +191,8 @@ class CIFARDataModule(LightningDataModule):
         """Native images (N, 3, image_size, image_size) uint8 and labels; sets `class_names`."""
         if self.dataset == "digits":
             images, labels, self.class_names = load_digits(train)
-        elif self.dataset in BUILT_IN:
-            source = cifar_source(self.dataset)(self.root, train=train)
+        elif self.dataset in CIFAR:
+            source = CIFAR[self.dataset](self.root, train=train)
             images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
             labels = torch.tensor(source.targets)
             self.class_names = source.classes
@@ -251,7 +254,7 @@ class CIFARDataModule(LightningDataModule):
     ) -> DataLoader[Batch]:
         return DataLoader(
             data,
-            batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -348,7 +351,7 @@ def split(labels: Tensor, val_size: int, num_classes: int) -> Labelled:
     positions = np.arange(len(labels))
     if not val_size:
         return torch.from_numpy(positions), torch.empty(0, dtype=torch.int64)
-    from sklearn.model_selection import train_test_split
+    from sklearn.model_selection import train_test_split  # slow to import: only where needed
 
     try:
         check_val_size(val_size, num_classes, len(labels))
@@ -358,13 +361,6 @@ def split(labels: Tensor, val_size: int, num_classes: int) -> Labelled:
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
-
-
-def cifar_source(dataset: str) -> Any:
-    """The torchvision class of `cifar10` or `cifar100`."""
-    from torchvision import datasets  # slow to import, and most commands end without it
-
-    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
 
 
 def load_digits(train: bool) -> tuple[Tensor, Tensor, list[str]]:
@@ -392,9 +388,6 @@ def load_folder(
         MisconfigurationException: If train/ and test/ don't have the same classes.
         FileNotFoundError: If a class has no images.
     """
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-
     to_square = transforms.Compose(
         [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
     )

@@ -63,7 +63,9 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
-        given = parser.parse_args(args, defaults=False)  # type: ignore[arg-type]
+        if any(arg.startswith("--print_config") for arg in sys.argv):
+            super().parse_arguments(parser, args)  # prints, and ends here
+        given = parser.parse_args(defaults=False)
         command, options = given.subcommand, given[given.subcommand]
         self.accelerator = options.get("trainer.accelerator")
         if self.accelerator in ("gpu", "cuda", "mps") and not gpu_found():
@@ -117,7 +119,10 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
-                self.run.parents[1] if self.run else config.default_root_dir or ".",
+                # Absolute, for a resumed best_checkpoint forgets its score if its folder differs.
+                self.run.parents[1]
+                if self.run
+                else Path(config.default_root_dir or ".").absolute(),
                 name=self.run.parent.name if self.run else LOGS,
                 version=self.run.name if self.run else None,
                 default_hp_metric=False,
@@ -268,7 +273,7 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
     sys.exit(exit_code)
 
 
-def main(args: ArgsType = None) -> None:
+def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches lie in memory
     warnings.filterwarnings("ignore", ".*Total length of `list`.*")  # with val_size 0
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
@@ -285,7 +290,6 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            args=args,
         )
     except (MisconfigurationException, OSError) as error:
         fail(str(error), exit_code=1)

@@ -108,7 +108,6 @@ Run = Callable[..., Outcome]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs `python train.py ARGS` in this process, in a working folder of the test's own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
 
     def command(*args: str) -> Outcome:
         quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -116,7 +115,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         capfd.readouterr()
         try:
             with warnings.catch_warnings():
-                train.main([args[0], *quiet, *args[1:]])
+                monkeypatch.setattr(sys, "argv", ["train.py", args[0], *quiet, *args[1:]])
+                train.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         out, err = capfd.readouterr()

@@ -1,0 +1,370 @@
+"""The command line: what a user types, sees and finds on the disk."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL_DIGITS, TINY, Run, pack
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import CIFAR10
+
+import train
+from resnet_module import ResNet
+
+PROJECT = Path(train.__file__).parent
+no_gpu = pytest.mark.skipif(train.gpu_found(), reason="there is a GPU")
+
+
+def accuracy(out: str) -> float:
+    found = re.search(r"test/acc\W+([\d.]+)", out)
+    assert found, out
+    return float(found[1])
+
+
+def load(path: str) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def fit_digits(run: Run, *options: str) -> str:
+    outcome = run("fit", *SMALL_DIGITS, "--trainer.max_epochs=2", *options)
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def test_fit_leaves_a_complete_run(run: Run) -> None:
+    out = fit_digits(run, "--periodic_checkpoint.every_n_epochs=2")
+    folder = Path("lightning_logs/version_0")
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "epoch_1.ckpt"}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 2
+    assert config["data"]["val_size"] == 200
+    assert config["model"]["optimizer"]["class_path"] == "torch.optim.Adam"
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())["width"] == 4
+
+    best = "lightning_logs/version_0/checkpoints/best.ckpt"
+    assert f"python train.py test --ckpt {best}" in out
+    events = EventAccumulator(str(folder)).Reload()
+    accuracies = [point.value for point in events.Scalars("val/acc")]
+    assert len(accuracies) == 2
+    assert f"(val/acc {max(accuracies):.4f})" in out
+    assert {"train/loss", "train/acc", "val/loss", "lr"} <= set(events.Tags()["scalars"])
+    assert [p.value for p in events.Scalars("hp/best_val_acc")] == pytest.approx([max(accuracies)])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_test_takes_the_newest_best_and_its_options(run: Run) -> None:
+    fit_digits(run)
+    fit_digits(run, "--data.augmentation=pad", "--model.shortcut=pad")
+    for name in (2, 10):  # the newest is the tenth, not the one that sorts last
+        Path("lightning_logs/version_1").rename(f"lightning_logs/version_{name}")
+        Path(f"lightning_logs/version_{name}").rename("lightning_logs/version_1")
+    Path("lightning_logs/version_1").rename("lightning_logs/version_10")
+    Path("lightning_logs/version_11").mkdir()  # a run without a checkpoint yet
+    newest = "lightning_logs/version_10/checkpoints/best.ckpt"
+
+    plain = run("test")
+    assert plain.code == 0, plain.err
+    assert f"Checkpoint: {newest}" in plain.out
+    for form in (["--ckpt"], ["--ckpt", "best"], ["--ckpt", newest], ["--ckpt_path", newest]):
+        same = run("test", *form)
+        assert f"Checkpoint: {newest}" in same.out
+        assert accuracy(same.out) == accuracy(plain.out)
+    last = run("validate", "--ckpt", "last")
+    assert "version_10/checkpoints/last.ckpt" in last.out
+    assert "val/acc" in last.out
+    # Evaluation makes no run of its own.
+    assert len(list(Path("lightning_logs").iterdir())) == 3
+    assert not Path("config.yaml").exists()
+
+
+def test_explicit_options_win_over_the_checkpoints(run: Run) -> None:
+    fit_digits(run, "--data.augmentation=zoom")
+    seen: list[tuple[int, ...]] = []
+
+    def spy(self: Any, batch: Any, index: int, hook: Any = train.CIFARDataModule) -> Any:
+        images, labels = original(self, batch, index)
+        seen.append(tuple(images.shape))
+        return images, labels
+
+    original = train.CIFARDataModule.on_after_batch_transfer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.CIFARDataModule, "on_after_batch_transfer", spy)
+        run("test")
+        run("test", "--data.evaluation=native", "--data.eval_batch_size=100")
+        Path("native.yaml").write_text("data:\n  evaluation: crop\n  eval_batch_size: 360\n")
+        run("test", "--config", "native.yaml")
+    assert seen == [(360, 3, 40, 40), *[(100, 3, 32, 32)] * 3, (60, 3, 32, 32), (360, 3, 32, 32)]
+    misfit = run("test", "--model.width=8")
+    assert misfit.code == 1
+    assert "does not fit the network" in misfit.err
+    assert "Traceback" not in misfit.err
+
+
+def test_resume_goes_on_in_the_same_run_as_if_never_stopped(run: Run) -> None:
+    fit_digits(run)
+    whole = load("lightning_logs/version_0/checkpoints/last.ckpt")
+    fit_digits(run, "--trainer.max_epochs=1")
+    outcome = run("fit", "--ckpt", "last", "--trainer.max_epochs=2")
+    assert outcome.code == 0, outcome.err
+    assert len(list(Path("lightning_logs").iterdir())) == 2
+    resumed = load("lightning_logs/version_1/checkpoints/last.ckpt")
+    assert resumed["global_step"] == whole["global_step"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    moments, expected = (c["optimizer_states"][0]["state"][0]["exp_avg"] for c in (resumed, whole))
+    assert torch.equal(moments, expected)
+    best = "lightning_logs/version_{}/checkpoints/best.ckpt"
+    assert torch.equal(
+        load(best.format(0))["state_dict"]["mean"], load(best.format(1))["state_dict"]["mean"]
+    )
+    assert load(best.format(0))["epoch"] == load(best.format(1))["epoch"]
+    steps = [
+        p.step for p in EventAccumulator("lightning_logs/version_1").Reload().Scalars("val/acc")
+    ]
+    assert len(steps) == len(set(steps)) == 2
+    config = yaml.safe_load(Path("lightning_logs/version_1/config.yaml").read_text())
+    assert config["data"]["dataset"] == "digits"
+    assert config["trainer"]["max_epochs"] == 2
+
+
+def test_same_seed_same_weights(run: Run) -> None:
+    for seed in (5, 5, 6):
+        fit_digits(run, f"--seed_everything={seed}", "--trainer.max_epochs=1")
+    a, b, c = (
+        load(f"lightning_logs/version_{i}/checkpoints/last.ckpt")["state_dict"] for i in range(3)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["network.fc.weight"], c["network.fc.weight"])
+
+
+def test_last_is_always_the_last_and_best_the_best(run: Run) -> None:
+    # A learning rate that destroys the network after its first epoch: the first stays the best.
+    Path("step.yaml").write_text(
+        "model:\n  lr_scheduler:\n    class_path: torch.optim.lr_scheduler.StepLR\n"
+        "    init_args: {step_size: 2, gamma: 1.0e+10}\n"
+    )
+    fit_digits(run, "--config=step.yaml", "--trainer.max_epochs=4", "--model.optimizer.lr=0.02")
+    events = EventAccumulator("lightning_logs/version_0").Reload()
+    accuracies = [point.value for point in events.Scalars("val/acc")]
+    best = load("lightning_logs/version_0/checkpoints/best.ckpt")
+    assert best["epoch"] == accuracies.index(max(accuracies))
+    assert load("lightning_logs/version_0/checkpoints/last.ckpt")["epoch"] == 3
+
+
+def test_without_validation_the_last_is_the_best(run: Run) -> None:
+    out = fit_digits(run, "--data.val_size=0")
+    assert "best.ckpt. Test it" in out
+    for name in ("best", "last"):
+        assert load(f"lightning_logs/version_0/checkpoints/{name}.ckpt")["epoch"] == 1
+
+
+def test_any_optimizer_and_scheduler_without_code(run: Run) -> None:
+    scheduler = "--model.lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR"
+    options = [
+        "--model.optimizer=SGD",
+        "--model.optimizer.lr=0.1",
+        "--model.optimizer.momentum=0.9",
+    ]
+    fit_digits(run, *options, scheduler, "--model.lr_scheduler.T_max=2")
+    content = load("lightning_logs/version_0/checkpoints/last.ckpt")
+    group = content["optimizer_states"][0]["param_groups"][0]
+    assert group["momentum"] == 0.9
+    assert content["lr_schedulers"][0]["T_max"] == 2
+    assert run("test").code == 0
+
+
+def test_cifar_is_trained_and_tested_from_its_archive(
+    run: Run, cifar10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(cifar10, CIFAR10, monkeypatch)
+    options = ["--data.val_size=50", "--trainer.max_epochs=1", *TINY]
+    outcome = run("fit", f"--data.root={cifar10}", *options)
+    assert outcome.code == 0, outcome.err
+    assert run("test").code == 0
+    content = load("lightning_logs/version_0/checkpoints/best.ckpt")
+    assert content["class_names"][3] == "class 3"
+
+
+def test_number_of_classes_comes_from_the_data(run: Run, cifar100: Path) -> None:
+    options = ["--data.dataset=cifar100", "--data.val_size=100", "--trainer.max_epochs=1", *TINY]
+    assert run("fit", f"--data.root={cifar100}", *options).code == 0
+    outcome = run("test")
+    assert outcome.code == 0, outcome.err
+    content = load("lightning_logs/version_0/checkpoints/best.ckpt")
+    assert content["state_dict"]["network.fc.bias"].shape == (100,)
+    assert content["hyper_parameters"]["num_classes"] == 100
+
+
+def test_predict_writes_a_line_per_test_image(run: Run) -> None:
+    fit_digits(run)
+    outcome = run("predict")
+    assert outcome.code == 0, outcome.err
+    path = Path("lightning_logs/version_0/checkpoints/predictions.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(360))
+    share = sum(row["true"] == row["predicted"] for row in rows) / 360
+    assert share == pytest.approx(accuracy(run("test").out))
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_bare_network_of_the_note_is_tested_on_zero_to_one(run: Run, cifar10: Path) -> None:
+    network = ResNet()
+    torch.save(network.state_dict(), "resnet_79.pkl")
+    root = [f"--data.root={cifar10}", "--data.val_size=50"]
+    outcome = run("test", "--ckpt", "resnet_79.pkl", *root, "--data.evaluation=native")
+    assert outcome.code == 0, outcome.err
+    network.eval()
+    source = CIFAR10(cifar10, train=False)
+    images = torch.from_numpy(source.data).permute(0, 3, 1, 2) / 255
+    share = (network(images).argmax(1) == torch.tensor(source.targets)).float().mean()
+    assert accuracy(outcome.out) == pytest.approx(float(share))
+
+    misfit = run("test", "--ckpt", "resnet_79.pkl", *root, "--model.layers=[5,5,5]")
+    assert misfit.code == 1
+    assert re.search(r"resnet_79\.pkl does not fit the network: it lacks", misfit.err)
+    resumed = run("fit", "--ckpt", "resnet_79.pkl", *root)
+    assert resumed.code == 2
+    assert "fit cannot go on" in resumed.err
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("content", ["text", "empty", "malicious", "list"])
+def test_files_that_are_no_checkpoints_are_refused(run: Run, content: str) -> None:
+    path = Path("model.pkl")
+    if content in ("text", "empty"):
+        path.write_text("not a checkpoint" if content == "text" else "")
+    else:
+        torch.save([1] if content == "list" else {"state_dict": Malicious()}, path)
+    outcome = run("test", "--ckpt", str(path))
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: model.pkl ")
+    assert "Traceback" not in outcome.err
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_random_weights_are_never_tested(run: Run, command: str) -> None:
+    for form in ([], ["--ckpt"], ["--ckpt", "last"]):
+        outcome = run(command, *form, "--data.dataset=digits")
+        assert outcome.code == 2
+        assert "no run in lightning_logs/ has a" in outcome.err
+        assert "python train.py fit" in outcome.err
+    outcome = run(command, "--ckpt", "missing.ckpt")
+    assert outcome.code == 2
+    assert "'missing.ckpt': there is no such file" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.val_size=-1", "val_size is -1: it must be 0 or more"),
+        ("--data.dataset=cifar11", "dataset is 'cifar11': choose"),
+        ("--data.batch_size=0", "batch_size is 0"),
+        ("--model.layers=[3,0,3]", "layers is (3, 0, 3)"),
+        ("--model.width=0", "width is 0"),
+        ("--model.shortcut=conv5x5", "conv5x5"),
+        ("--model.depth=20", "model.depth"),
+        ("--trainer.max_epochs=many", "many"),
+    ],
+)
+def test_wrong_options_end_with_one_sentence(run: Run, option: str, message: str) -> None:
+    outcome = run("fit", "--data.dataset=digits", "--data.val_size=200", option)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not Path("lightning_logs").exists()
+
+
+def test_offline_without_data_is_one_clear_message(run: Run, cifar10: Path) -> None:
+    outcome = run("fit", "--data.root=empty", "--data.val_size=50")
+    assert outcome.code == 1
+    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for part in ("'empty'", "cifar-10-python.tar.gz", "recipes/digits.yaml"):
+        assert part in lines[0]
+    assert "Traceback" not in outcome.err
+
+
+@no_gpu
+def test_an_explicit_accelerator_is_never_replaced(run: Run) -> None:
+    Path("gpu.yaml").write_text("trainer:\n  accelerator: gpu\n")
+    for option in ("--trainer.accelerator=gpu", "--config=gpu.yaml"):
+        outcome = run("fit", *SMALL_DIGITS, option)
+        assert outcome.code == 2
+        assert "no GPU was found" in outcome.err
+
+
+@no_gpu
+def test_without_a_gpu_one_line_says_so_with_the_time(run: Run) -> None:
+    out = fit_digits(run, "--trainer.max_epochs=1")
+    lines = [line for line in out.splitlines() if "No GPU found" in line]
+    assert len(lines) == 1
+    assert re.search(r"about \d+ s per epoch, \d+ min for 1 epochs", lines[0])
+    config = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())
+    assert config["trainer"]["accelerator"] == "gpu"  # what was asked for: it holds elsewhere
+
+
+def test_print_config_is_a_config(run: Run) -> None:
+    outcome = run("fit", "--print_config")
+    config = yaml.safe_load(outcome.out)
+    assert config["trainer"]["max_epochs"] == 80
+    assert config["trainer"]["accelerator"] == "gpu"
+    assert config["data"]["val_size"] == 5000
+    assert config["model"]["layers"] == [3, 3, 3]
+    assert config["best_checkpoint"]["monitor"] == "val/acc"
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_are_valid(run: Run, recipe: Path) -> None:
+    assert run("fit", "--config", str(recipe), "--print_config").code == 0
+
+
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_help_names_every_option_and_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    code = (
+        "import sys, train\nsys.argv = ['train.py', 'fit', '--help']\ntry: train.main()\n"
+        "except SystemExit: print([m for m in ('sklearn', 'tensorboard') if m in sys.modules])"
+    )
+    outcome = python("-c", code, cwd=PROJECT)
+    for option in ("--data.val_size", "--model.preactivation", "--ckpt", "--best_checkpoint.mode"):
+        assert option in outcome.stdout
+    assert "Training images held out for validation" in outcome.stdout
+    assert outcome.stdout.endswith("[]\n")
+
+
+def test_the_command_as_a_process(tmp_path: Path) -> None:
+    script = str(PROJECT / "train.py")
+    fit = python(script, "fit", *SMALL_DIGITS, "--trainer.max_epochs=1", cwd=tmp_path)
+    assert fit.returncode == 0, fit.stderr
+    assert "Best checkpoint: lightning_logs/version_0/checkpoints/best.ckpt" in fit.stdout
+    test = python(script, "test", "--ckpt", cwd=tmp_path)
+    assert test.returncode == 0, test.stderr
+    assert "test/acc" in test.stdout
+
+
+@pytest.mark.slow
+def test_digits_recipe_reaches_98_percent(tmp_path: Path) -> None:
+    script, recipe = str(PROJECT / "train.py"), str(PROJECT / "recipes/digits.yaml")
+    fit = python(script, "fit", "--config", recipe, cwd=tmp_path)
+    assert fit.returncode == 0, fit.stderr
+    assert accuracy(python(script, "test", cwd=tmp_path).stdout) >= 0.98
