@@ -198,9 +198,12 @@ class ResNetModule(LightningModule):
         **network: Any,
     ) -> None:
         super().__init__()
-        # Functions are no plain types: a checkpoint that holds one would not load with
-        # weights_only. What the command line records of them is plain, and stays.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.save_hyperparameters()
+        for name in ("optimizer", "lr_scheduler"):
+            # The command line's record of them is plain; a function from Python is not, and a
+            # checkpoint with one would not load with weights_only.
+            if callable(self.hparams[name]):
+                del self.hparams[name]
         self.normalize = normalize
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

@@ -93,9 +93,8 @@ class CLI(LightningCLI):
         if command == "fit" and config_file.is_file():
             self.run = config_file.parent
             run_options = yaml.safe_load(config_file.read_text())
-            for section in ("trainer", *CHECKPOINTS):
+            for section in ("seed_everything", "trainer", *CHECKPOINTS):
                 options[section] = run_options[section]
-            options["seed_everything"] = run_options["seed_everything"]
         self._parser(command).set_defaults(flatten(options))
 
     def before_instantiate_classes(self) -> None:
@@ -141,8 +140,10 @@ class CLI(LightningCLI):
         score = best.best_model_score
         if isinstance(self.trainer.logger, TensorBoardLogger):
             last = self.trainer.callback_metrics.get("train/acc")
+            options = {**self.model.hparams, **self.datamodule.hparams}
+            options.pop("_instantiator")
             self.trainer.logger.log_hyperparams(
-                {**self.model.hparams, **self.datamodule.hparams},
+                options,
                 {"hp/train_acc": last} if score is None else {"hp/best_val_acc": score},
             )
         if best.best_model_path:

@@ -179,6 +179,12 @@ def test_any_optimizer_and_scheduler_without_code(run: Run) -> None:
     assert group["momentum"] == 0.9
     assert content["lr_schedulers"][0]["T_max"] == 2
     assert run("test").code == 0
+    Path("lightning_logs/version_0/checkpoints/last.ckpt").rename("moved.ckpt")
+    assert run("fit", "--ckpt=moved.ckpt", "--trainer.max_epochs=3").code == 0
+    content = load("lightning_logs/version_1/checkpoints/last.ckpt")
+    assert content["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.9
+    config = yaml.safe_load(Path("lightning_logs/version_1/config.yaml").read_text())
+    assert config["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
 
 
 def test_cifar_is_trained_and_tested_from_its_archive(
