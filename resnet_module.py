@@ -257,7 +257,8 @@ class ResNetModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.train_metrics)
-        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and batch_idx % interval == 0:
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
@@ -302,17 +303,23 @@ class ResNetModule(LightningModule):
         checkpoint["class_names"] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = checkpoint["class_names"]
+        data: Any = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
+        if data and list(getattr(data, "class_names", names)) != names:
+            raise MisconfigurationException(
+                f"the checkpoint was trained on the classes {names}, but the data has "
+                f"{list(data.class_names)}: use the data set that it was trained on"
+            )
         check_state_dict(checkpoint["state_dict"], self, "the checkpoint")
-        self.class_names = checkpoint["class_names"]
+        self.class_names = names
 
-    def load_network(self, path: str | Path) -> None:
-        """Loads the network's weights from a bare `state_dict` file, the input scale being [0, 1].
+    def load_network(self, state_dict: Mapping[str, Any], name: str | Path = "it") -> None:
+        """Loads the weights of a bare network; `name` stands for them in an error.
 
         Raises:
-            MisconfigurationException: If the file is no `state_dict` or does not fit the network.
+            MisconfigurationException: If they do not fit the network.
         """
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        check_state_dict(state_dict, self.network, str(path))
+        check_state_dict(state_dict, self.network, str(name))
         self.network.load_state_dict(state_dict)
 
 
@@ -337,6 +344,6 @@ def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str
     if faults:
         raise MisconfigurationException(
             f"{name} does not fit the network: {sorted(faults)[0]} "
-            f"({len(faults)} of its {len(found)} entries don't fit); "
+            f"({len(faults)} such faults); "
             "give the options that the network was trained with (layers, width, shortcut, ...)"
         )

@@ -10,6 +10,7 @@ Every option can also stand in a YAML file given with --config, as those in reci
 
 import copy
 import csv
+import json
 import sys
 import time
 import warnings
@@ -34,8 +35,13 @@ LOGS = "lightning_logs"
 COMMON = {"auto_insert_metric_name": False, "enable_version_counter": False}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "best_checkpoint": {"filename": "best", "monitor": "val/acc", "mode": "max"},
-    "last_checkpoint": {"filename": "last"},
-    "periodic_checkpoint": {"filename": "epoch_{epoch}", "every_n_epochs": 20, "save_top_k": -1},
+    "last_checkpoint": {"filename": "last", "save_on_train_epoch_end": True},
+    "periodic_checkpoint": {
+        "filename": "epoch_{epoch}",
+        "every_n_epochs": 20,
+        "save_top_k": -1,
+        "save_on_train_epoch_end": True,
+    },
 }
 
 
@@ -43,7 +49,7 @@ class CLI(LightningCLI):
     """LightningCLI with checkpoints that are found by name and bring their own options."""
 
     checkpoint: Path | None = None
-    only_network = False  # the checkpoint is a state_dict of the bare network
+    content: dict[str, Any]  # of the checkpoint
     run: Path | None = None  # the folder of the run that fit goes on with
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -64,6 +70,9 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
         if any(arg.startswith("--print_config") for arg in sys.argv):
+            # What is printed holds on any machine; a file that names the GPU would insist on one.
+            for subparser in self._subcommand_parsers.values():
+                subparser.set_defaults({"trainer.accelerator": "auto"})
             super().parse_arguments(parser, args)  # prints, and ends here
         given = parser.parse_args(defaults=False)
         command, options = given.subcommand, given[given.subcommand]
@@ -78,44 +87,68 @@ class CLI(LightningCLI):
             root = Path(options.get("trainer.default_root_dir") or ".")
             self._take_options(find_checkpoint(name, command, root / LOGS), command)
         super().parse_arguments(parser, args)
-        # LightningCLI would read the checkpoint's options again, over those given explicitly.
-        self.config[command].ckpt_path = None
+        config = self.config[command]
+        if self.accelerator is None:
+            config.trainer.accelerator = "auto"  # as printed: what is saved holds on any machine
+        # The checkpoint is no part of what is saved, and LightningCLI would read its options again,
+        # over those given explicitly.
+        config.ckpt = config.ckpt_path = None
+        if command == "fit" and self.checkpoint:
+            self._check_resume(config)
 
     def _take_options(self, checkpoint: Path, command: str) -> None:
         """Makes the options of a checkpoint, and of its run for fit, the parser's defaults."""
         say(f"Checkpoint: {checkpoint}")
-        content = read_checkpoint(checkpoint)
-        self.checkpoint, self.only_network = checkpoint, "state_dict" not in content
-        if self.only_network and command == "fit":
+        self.checkpoint, self.content = checkpoint, read_checkpoint(checkpoint)
+        if command == "fit" and is_network(self.content):
             fail(f"{checkpoint} holds a bare network, which fit cannot go on with; test can use it")
-        options = stored_options(content)
-        config_file = checkpoint.absolute().parents[1] / "config.yaml"
-        if command == "fit" and config_file.is_file():
-            self.run = config_file.parent
+        options = stored_options(self.content)
+        folder = checkpoint.absolute().parent
+        config_file = folder.parent / "config.yaml"
+        if command == "fit" and folder.name == "checkpoints" and config_file.is_file():
             run_options = yaml.safe_load(config_file.read_text())
             for section in ("seed_everything", "trainer", *CHECKPOINTS):
                 options[section] = run_options[section]
+            # From an earlier checkpoint a new run branches off; the old one stays as it is.
+            self.run = folder.parent if checkpoint.name == "last.ckpt" else None
         self._parser(command).set_defaults(flatten(options))
+
+    def _check_resume(self, config: Any) -> None:
+        """Refuses what a resumed run would ignore, before anything is written."""
+        done, epochs = self.content["epoch"] + 1, config.trainer.max_epochs
+        if epochs is not None and 0 <= epochs < done:
+            fail(f"trainer.max_epochs is {epochs}, but the checkpoint has {done} epochs behind it")
+        for name in ("optimizer", "lr_scheduler"):
+            stored = self.content["hyper_parameters"].get(name)
+            given = config.model[name]
+            # As JSON, which makes no difference between the tuples and lists of the two.
+            if stored and json.dumps(stored) != json.dumps(given and given.as_dict()):
+                fail(f"model.{name} cannot be changed in a run: its state is the checkpoint's")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if self.checkpoint and not self.only_network:
-            config.ckpt_path = str(self.checkpoint)
         if self.subcommand != "fit" or config.trainer.logger is False:
             self.save_config_callback = None  # it would write config.yaml into the working folder
-        if config.data.val_size == 0 or config.trainer.limit_val_batches == 0:
-            config.best_checkpoint.monitor = None  # without validation the last is the best
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except ValueError as error:
             fail(str(error))
-        if self.checkpoint and self.only_network:
-            self.model.load_network(self.checkpoint)
+        if self.checkpoint and is_network(self.content):
+            self.model.load_network(self.content.get("state_dict", self.content), self.checkpoint)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if self.checkpoint and not is_network(self.content):
+            kwargs["ckpt_path"] = str(self.checkpoint)
+        return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand].trainer
+        if self.datamodule.val_size == 0 or config.limit_val_batches == 0:
+            # Without validation the last is the best.
+            self.config_init[self.subcommand].best_checkpoint.monitor = None
         if config.logger in (None, True):
             kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
                 # Absolute, for a resumed best_checkpoint forgets its score if its folder differs.
@@ -144,12 +177,13 @@ class CLI(LightningCLI):
             options.pop("_instantiator")
             self.trainer.logger.log_hyperparams(
                 options,
-                {"hp/train_acc": last} if score is None else {"hp/best_val_acc": score},
+                {"hp/train/acc": last} if score is None else {f"hp/best_{best.monitor}": score},
             )
+            self.trainer.logger.finalize("success")  # once more: the entry is not lost
         if best.best_model_path:
             path = Path(best.best_model_path)
             path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            accuracy = "" if score is None else f" (val/acc {score:.4f})"
+            accuracy = "" if score is None else f" ({best.monitor} {score:.4f})"
             say(f"Best checkpoint: {path}{accuracy}. Test it: python train.py test --ckpt {path}")
 
     def predict(self, **kwargs: Any) -> None:
@@ -165,7 +199,8 @@ class CLI(LightningCLI):
         with half_written.open("w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["index", "true", "predicted", "probability"])
-            for index, (label, row) in enumerate(zip(labels, probabilities, strict=True)):
+            # With limit_predict_batches there are fewer probabilities than labels.
+            for index, (label, row) in enumerate(zip(labels, probabilities, strict=False)):
                 top = int(row.argmax())
                 rows.writerow([index, names[label], names[top], f"{row[top]:.4f}"])
         half_written.replace(path)
@@ -176,14 +211,13 @@ class SayTimeOnCPU(Callback):
     """Says how long training will take where the CPU has to do it."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.device.type != "cpu" or trainer.max_epochs is None:
+        if pl_module.device.type != "cpu":
             return
-        epochs = trainer.max_epochs - trainer.current_epoch
         seconds = seconds_per_step(trainer, pl_module) * trainer.num_training_batches
-        say(
-            f"{'' if gpu_found() else 'No GPU found: '}training on the CPU, about {seconds:.0f} s "
-            f"per epoch, {seconds * epochs / 60:.0f} min for {epochs} epochs"
-        )
+        epochs = (trainer.max_epochs or 0) - trainer.current_epoch
+        total = f", {seconds * epochs / 60:.0f} min for {epochs} epochs" if epochs > 0 else ""
+        reason = "" if gpu_found() else "No GPU found: "
+        say(f"{reason}training on the CPU, about {seconds:.0f} s per epoch{total}")
 
 
 def seconds_per_step(trainer: Trainer, module: Any) -> float:
@@ -192,6 +226,7 @@ def seconds_per_step(trainer: Trainer, module: Any) -> float:
     network = copy.deepcopy(module.network)
     noise = torch.Generator().manual_seed(0)  # leaves the run's own random numbers alone
     images = torch.rand(data.batch_size, 3, data.image_size, data.image_size, generator=noise)
+    images = trainer.precision_plugin.convert_input(images)
     times = []
     for _ in range(4):
         start = time.perf_counter()
@@ -229,13 +264,21 @@ def version_number(checkpoint: Path) -> int:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of this project, or a bare network's state_dict, holds."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in any way
-        fail(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[:1]}")
+        fail(f"{path} is no checkpoint, or holds more than plain data ({type(error).__name__})")
     if not isinstance(content, dict):
         fail(f"{path} holds a {type(content).__name__}, not a checkpoint or a state_dict")
+    if "pytorch-lightning_version" in content and "class_names" not in content:
+        fail(f"{path} is a checkpoint of another project")
     return content
+
+
+def is_network(checkpoint: dict[str, Any]) -> bool:
+    """Whether this is a bare network's state_dict, as it is or under that name."""
+    return "pytorch-lightning_version" not in checkpoint
 
 
 def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -243,10 +286,10 @@ def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
     A bare network has none: it is taken to be one that was trained on [0, 1].
     """
-    if "state_dict" not in checkpoint:
+    if is_network(checkpoint):
         return {"model": {"normalize": False}}
     return {
-        "model": checkpoint.get("hyper_parameters", {}),
+        "model": checkpoint["hyper_parameters"],
         "data": checkpoint.get("datamodule_hyper_parameters", {}),
     }
 
@@ -277,6 +320,8 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
 def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches lie in memory
     warnings.filterwarnings("ignore", ".*Total length of `list`.*")  # with val_size 0
+    warnings.filterwarnings("ignore", ".*dirpath has changed.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
     try:
         CLI(
