@@ -48,8 +48,12 @@ class ImageBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the images and labels to `device`, from where batches are then served."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+
     def __getitems__(self, positions: list[int]) -> Batch:
-        index = torch.tensor(positions)
+        index = torch.tensor(positions, device=self.images.device)
         return self.images[index], self.labels[index], index
 
 
@@ -118,6 +122,7 @@ class CIFARDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self._draws: tuple[int, Tensor] | None = None
+        self._minibatches = 1
         self._check_options()
 
     def _check_options(self) -> None:
@@ -180,7 +185,7 @@ class CIFARDataModule(LightningDataModule):
             self.val_set = ImageBatches(self._evaluation_images(images[val]), labels[val])
             if stage == "fit":
                 images, labels = images[train], labels[train]
-                self._draws = None
+                self._draws, self._minibatches = None, 1
                 self._statistics = channel_statistics(images)
                 self.train_set = ImageBatches(self._canvas(images), labels)
         else:
@@ -224,12 +229,21 @@ class CIFARDataModule(LightningDataModule):
         inside = slice(border, border + self.image_size)
         return images[:, :, inside, inside].contiguous()
 
+    def keep_on(self, device: torch.device, minibatches: int) -> None:
+        """Moves the images of `fit` to `device`; training batches then come `minibatches` at once.
+
+        They are the same images in the same order; after the next `setup` all is as it was.
+        """
+        self.train_set.to(device)
+        self.val_set.to(device)
+        self._minibatches = minibatches
+
     def train_dataloader(self) -> DataLoader[Batch]:
         # Lightning leaves this sampler alone and tells it the epoch, in any number of processes.
         sampler: DistributedSampler[Batch] = DistributedSampler(
             self.train_set, *self._processes(), seed=self.seed
         )
-        return self._loader(self.train_set, self.batch_size, sampler)
+        return self._loader(self.train_set, self.batch_size * self._minibatches, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         return self._evaluation_loader(self.val_set) if self.val_size else []

@@ -4,7 +4,7 @@
 scaling, loss, metrics, optimizer and scheduler, and everything that a checkpoint must remember.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -186,6 +187,8 @@ class ResNetModule(LightningModule):
 
     mean: Tensor
     std: Tensor
+    # Set by the fast path: trains on a batch of many mini-batches, and returns its logits.
+    many_steps: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -246,27 +249,45 @@ class ResNetModule(LightningModule):
         """Maps float images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
         return self.network((images - self.mean) / self.std)
 
-    def _step(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> Tensor:
-        images, labels = batch
-        logits = self(images)
-        losses = F.cross_entropy(logits, labels, reduction="none")
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss (N,) of each image: cross-entropy."""
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def _score(self, logits: Tensor, labels: Tensor, metrics: MetricCollection) -> Tensor:
+        losses = self.losses(logits, labels)
         # One by one: torchmetrics 1.9 forgets the weight of a mean when NaN checks are off.
         metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
         return losses.mean()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self._step(batch, self.train_metrics)
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        images, labels = batch
+        logits = self.many_steps(images, labels) if self.many_steps else self(images)
+        loss = self._score(logits, labels, self.train_metrics)
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and batch_idx % interval == 0:
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
+        return None if self.many_steps else loss
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        if self.many_steps and optimizer_closure:
+            optimizer_closure()  # it is training_step, which has taken the steps
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._step(batch, self.val_metrics)
+        images, labels = batch
+        self._score(self(images), labels, self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._step(batch, self.test_metrics)
+        images, labels = batch
+        self._score(self(images), labels, self.test_metrics)
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""
@@ -283,7 +304,7 @@ class ResNetModule(LightningModule):
         self.log_dict(self.test_metrics)
 
     def on_train_epoch_start(self) -> None:
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
@@ -28,6 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from cifar_datamodule import CIFARDataModule
+from cuda_graphs import CUDAGraphs
 from resnet_module import ResNetModule
 
 LOGS = "lightning_logs"
@@ -65,6 +66,7 @@ class CLI(LightningCLI):
         for name, defaults in CHECKPOINTS.items():
             parser.add_lightning_class_args(ModelCheckpoint, name)
             parser.set_defaults({f"{name}.{k}": v for k, v in {**COMMON, **defaults}.items()})
+        parser.add_lightning_class_args(CUDAGraphs, "cuda_graphs")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -90,6 +92,9 @@ class CLI(LightningCLI):
         config = self.config[command]
         if self.accelerator is None:
             config.trainer.accelerator = "auto"  # as printed: what is saved holds on any machine
+        if config.trainer.precision is None and not config.trainer.plugins:
+            config.trainer.precision = native_precision(self.accelerator)
+            say(f"Precision: {config.trainer.precision}, by what the hardware computes natively")
         # The checkpoint is no part of what is saved, and LightningCLI would read its options again,
         # over those given explicitly.
         config.ckpt = config.ckpt_path = None
@@ -241,6 +246,18 @@ def gpu_found() -> bool:
     return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
+def native_precision(accelerator: str | None) -> Literal["bf16-mixed", "32-true"]:
+    """bf16 where the device computes in it, float32 where it cannot or would emulate it."""
+    if accelerator != "cpu" and CUDAAccelerator.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator != "cpu" and MPSAccelerator.is_available():
+        bf16 = False
+    else:
+        features = torch.cpu.get_capabilities()
+        bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return "bf16-mixed" if bf16 else "32-true"
+
+
 def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
     """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it."""
     if name in (None, "auto"):
@@ -322,6 +339,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*Total length of `list`.*")  # with val_size 0
     warnings.filterwarnings("ignore", ".*dirpath has changed.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*training_step. returned .None.*")  # of CUDAGraphs
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
     try:
         CLI(

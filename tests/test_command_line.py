@@ -423,5 +423,49 @@ def test_last_is_written_in_epochs_without_validation(run: Run) -> None:
     assert load("lightning_logs/version_0/checkpoints/last.ckpt")["epoch"] == 2
 
 
+@no_gpu
+@pytest.mark.parametrize(
+    ("features", "precision"),
+    [
+        ({"avx512_bf16": True, "avx512_f": True}, "bf16-mixed"),
+        ({"amx_bf16": True}, "bf16-mixed"),
+        ({"avx512_bf16": False, "avx512_f": True}, "32-true"),
+        ({"bf16": False}, "32-true"),
+    ],
+)
+def test_precision_is_what_the_cpu_computes_natively(
+    run: Run, monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    out = fit_digits(run, "--trainer.max_steps=1")
+    assert out.count("Precision: ") == 1
+    assert f"Precision: {precision}, " in out
+    config = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())
+    assert config["trainer"]["precision"] == precision
+
+    other = "32-true" if precision == "bf16-mixed" else "bf16-mixed"
+    out = fit_digits(run, f"--trainer.precision={other}", "--trainer.max_steps=1")
+    assert "Precision: " not in out
+    config = yaml.safe_load(Path("lightning_logs/version_1/config.yaml").read_text())
+    assert config["trainer"]["precision"] == other
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+    monkeypatch.setattr(train.CUDAAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not bf16})
+    # Emulated bf16 does not count.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert train.native_precision(None) == ("bf16-mixed" if bf16 else "32-true")
+    assert train.native_precision("cpu") == ("32-true" if bf16 else "bf16-mixed")
+
+
+def test_cuda_graphs_are_an_option(run: Run) -> None:
+    outcome = run("fit", *SMALL_DIGITS, "--cuda_graphs.steps=-1")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "cuda_graphs.steps is -1: it must be 0 or more" in outcome.err
+
+
 def test_other_precisions_train_on_the_cpu(run: Run) -> None:
     fit_digits(run, "--trainer.precision=64-true", "--trainer.max_steps=2")

@@ -1,0 +1,351 @@
+"""The fast path: what it trains is what plain training trains, and it knows where it cannot serve.
+
+Without a GPU a stand-in takes the place of the CUDA graph: like one, it records without doing
+anything, reads and writes where it did when it was recorded, and overwrites its output.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.optim import SGD, Adam, RMSprop
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
+import cuda_graphs
+from cifar_datamodule import CIFARDataModule
+from cuda_graphs import CUDAGraphs
+from resnet_module import ResNetModule
+
+SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+class StandIn:
+    """What a CUDA graph can do, on the CPU."""
+
+    recordings = 0
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.step = self.warm_up = step
+        self.optimizer = step.__self__.optimizer  # type: ignore[attr-defined]
+
+    def _addresses(self) -> list[int]:
+        groups = self.optimizer.param_groups
+        parameters = [value for group in groups for value in group["params"]]
+        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        return [value.data_ptr() for value in (*parameters, *state, *(g["lr"] for g in groups))]
+
+    def record(self, images: Tensor, labels: Tensor) -> None:
+        type(self).recordings += 1
+        assert all(value.grad is None for g in self.optimizer.param_groups for value in g["params"])
+        self.images, self.labels = images.clone(), labels.clone()
+        self.logits = torch.empty(len(images), 10, dtype=images.dtype)
+        self.addresses = self._addresses()
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        assert self._addresses() == self.addresses
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        return self.logits.copy_(self.step(self.images, self.labels))
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_graphs, "Recording", StandIn)
+    monkeypatch.setattr(StandIn, "recordings", 0)
+    return StandIn
+
+
+def fit(
+    data: CIFARDataModule,
+    folder: Path,
+    *callbacks: Callback,
+    optimizer: Any = Adam,
+    epochs: int = 3,
+    ckpt_path: Path | None = None,
+    accelerator: str = "cpu",
+    model: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Trainer, ResNetModule]:
+    seed_everything(1)
+    module = ResNetModule(optimizer=optimizer, **{**SMALL, **(model or {})})
+    trainer = Trainer(
+        **{"precision": "64-true", **options},
+        accelerator=accelerator,
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=CSVLogger(folder, name=None, version=""),
+        enable_checkpointing=any(isinstance(value, ModelCheckpoint) for value in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def small_data(root: Path, **options: Any) -> CIFARDataModule:
+    # 225 images: eleven mini-batches of 20 and one of 5.
+    return CIFARDataModule(str(root), val_size=25, seed=0, batch_size=20, **options)
+
+
+def assert_same(plain: tuple[Trainer, ResNetModule], fast: tuple[Trainer, ResNetModule]) -> None:
+    """The same weights, step count, learning rates and log."""
+    expected = plain[1].state_dict()
+    for name, value in fast[1].state_dict().items():
+        # A learning rate as a tensor is a float32, hence the tolerance.
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert fast[0].global_step == plain[0].global_step > 0
+    logs = [
+        [line.split(",") for line in Path(trainer.log_dir, "metrics.csv").read_text().split()]  # type: ignore[arg-type]
+        for trainer, _ in (plain, fast)
+    ]
+    assert logs[0][0] == logs[1][0]
+    for before, after in zip(logs[0][1:], logs[1][1:], strict=True):
+        assert [x and float(x) for x in after] == pytest.approx([x and float(x) for x in before])
+
+
+def each_step(optimizer: Any) -> StepLR:
+    return StepLR(optimizer, 1, gamma=0.97)
+
+
+def each_epoch(optimizer: Any) -> StepLR:
+    return StepLR(optimizer, 1, gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "interval"),
+    [
+        (lambda p: Adam(p, lr=1e-3), each_epoch, "epoch"),
+        (lambda p: Adam(p, lr=1e-3), None, "epoch"),
+        (lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True), each_step, "step"),
+    ],
+)
+def test_same_training(
+    cifar10: Path,
+    tmp_path: Path,
+    stand_in: type[StandIn],
+    optimizer: Any,
+    scheduler: Any,
+    interval: str,
+) -> None:
+    model = {"lr_scheduler": scheduler, "lr_interval": interval}
+    plain = fit(small_data(cifar10), tmp_path / "plain", optimizer=optimizer, model=model)
+    assert stand_in.recordings == 0
+    # Chunks of 5, 5 and 2 mini-batches, the last of them too small to replay.
+    fast = fit(
+        small_data(cifar10), tmp_path / "fast", CUDAGraphs(5), optimizer=optimizer, model=model
+    )
+    assert_same(plain, fast)
+    assert stand_in.recordings == 1
+    assert fast[1].many_steps is None
+
+
+def test_same_training_in_bf16(cifar10: Path, tmp_path: Path, stand_in: type[StandIn]) -> None:
+    """Autocast must not go on with the weights that a chunk began with."""
+
+    def sgd(params: Any) -> SGD:
+        return SGD(params, lr=0.1)
+
+    weights = [
+        fit(
+            small_data(cifar10),
+            tmp_path / str(len(callbacks)),
+            *callbacks,
+            optimizer=sgd,
+            epochs=1,
+            precision="bf16-mixed",
+        )[1].network.fc.weight
+        for callbacks in ([], [CUDAGraphs(6)])
+    ]
+    assert stand_in.recordings == 1
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fast_first", [True, False])
+def test_either_path_goes_on_with_the_others_checkpoint(
+    cifar10: Path, tmp_path: Path, stand_in: type[StandIn], fast_first: bool
+) -> None:
+    model = {"lr_scheduler": each_epoch}
+    whole = fit(small_data(cifar10), tmp_path / "whole", epochs=3, model=model)
+    first, second = ([CUDAGraphs(5)], []) if fast_first else ([], [CUDAGraphs(5)])
+    last = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    fit(small_data(cifar10), tmp_path / "1", *first, last, epochs=2, model=model)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    group = content["optimizer_states"][0]["param_groups"][0]
+    assert group["lr"] == pytest.approx(0.25e-3)
+    assert isinstance(group["lr"], float)
+    assert not group["capturable"]
+    assert not group["fused"]
+    resumed = fit(
+        small_data(cifar10), tmp_path / "2", *second, ckpt_path=tmp_path / "last.ckpt", model=model
+    )
+    assert stand_in.recordings == 1
+    for name, value in resumed[1].state_dict().items():
+        torch.testing.assert_close(value, whole[1].state_dict()[name], rtol=1e-5, atol=1e-6)
+    assert resumed[0].global_step == whole[0].global_step
+    rate = resumed[0].optimizers[0].param_groups[0]["lr"]
+    assert float(rate) == pytest.approx(1e-3 / 8)
+
+
+def test_other_momentum_is_recorded_anew(
+    cifar10: Path, tmp_path: Path, stand_in: type[StandIn]
+) -> None:
+    class Momentum(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.optimizers[0].param_groups[0]["momentum"] = (0.9, 0.9, 0.5)[
+                trainer.current_epoch
+            ]
+
+    def sgd(params: Any) -> SGD:
+        return SGD(params, lr=0.01, momentum=0.1)
+
+    plain = fit(small_data(cifar10), tmp_path / "plain", Momentum(), optimizer=sgd)
+    fast = fit(small_data(cifar10), tmp_path / "fast", Momentum(), CUDAGraphs(), optimizer=sgd)
+    assert_same(plain, fast)
+    assert stand_in.recordings == 2
+
+
+def test_step_that_cannot_be_recorded_is_taken(
+    cifar10: Path,
+    tmp_path: Path,
+    stand_in: type[StandIn],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(stand_in, "record", refuse)
+    plain = fit(small_data(cifar10), tmp_path / "plain")
+    fast = fit(small_data(cifar10), tmp_path / "fast", CUDAGraphs(5))
+    assert_same(plain, fast)
+    assert "could not be recorded: operation not permitted" in capsys.readouterr().out
+
+
+class AtEveryStep(Callback):
+    def on_before_optimizer_step(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("accumulate gradients", {"accumulate_grad_batches": 2}),
+        ("gradients are clipped", {"gradient_clip_val": 1.0}),
+        ("training batches is limited", {"limit_train_batches": 1}),
+        ("training batches is limited", {"limit_train_batches": 0.5}),
+        ("number of steps is limited", {"max_steps": 3}),
+        ("within an epoch", {"val_check_interval": 1}),
+        ("anomalies", {"detect_anomaly": True}),
+        ("several processes", {"strategy": "ddp"}),
+        ("AtEveryStep may act", {"callback": AtEveryStep()}),
+        ("WeightAveraging may act", {"callback": WeightAveraging()}),
+        ("ModelCheckpoint may act", {"callback": ModelCheckpoint(every_n_train_steps=3)}),
+        ("RMSprop is not one of", {"optimizer": RMSprop}),
+        (
+            "changes momentum",
+            {
+                "model": {
+                    "lr_scheduler": lambda o: OneCycleLR(o, 0.1, total_steps=99),
+                    "lr_interval": "step",
+                }
+            },
+        ),
+        ("num_workers", {"data": {"num_workers": 1}}),
+    ],
+)
+def test_plain_path_takes_over(
+    cifar10: Path,
+    tmp_path: Path,
+    stand_in: type[StandIn],
+    capsys: pytest.CaptureFixture[str],
+    reason: str,
+    options: dict[str, Any],
+) -> None:
+    callbacks = [CUDAGraphs(), *filter(None, [options.pop("callback", None)])]
+    data = small_data(cifar10, **options.pop("data", {}))
+    trainer, _ = fit(data, tmp_path, *callbacks, epochs=1, **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "CUDA graphs" in line]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert stand_in.recordings == 0
+    assert trainer.global_step > 0
+
+
+def test_without_a_gpu_nothing_is_said(
+    cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(small_data(cifar10), tmp_path, CUDAGraphs(), epochs=1)
+    assert "CUDA graphs" not in capsys.readouterr().out
+
+
+def test_no_synchronisation_hides_in_a_step(cifar10: Path) -> None:
+    """A tensor without values cannot be waited for: on it .item() and its like are errors."""
+    data = small_data(cifar10)
+    data.setup("fit")
+    images, labels, positions = (
+        value.to("meta") for value in data.train_set.__getitems__(list(range(20)))
+    )
+    module = ResNetModule(**SMALL).to("meta")
+    module.trainer = Trainer(logger=False, accelerator="cpu")
+    module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    data._draws = 0, data.draw(0).to("meta")
+    crops = data.augment(images, positions, epoch=0) / 255
+    loss = module.training_step((crops, labels), 0)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="item"):
+        loss.item()
+
+
+def test_no_python_runs_per_image(cifar10: Path) -> None:
+    data = small_data(cifar10)
+    data.setup("fit")
+
+    def calls(count: int) -> int:
+        number = 0
+
+        def count_call(frame: Any, event: str, argument: Any) -> None:
+            nonlocal number
+            number += event in ("call", "c_call")
+
+        sys.setprofile(count_call)
+        try:
+            images, _, positions = data.train_set.__getitems__(list(range(count)))
+            data.augment(images, positions, epoch=0)
+        finally:
+            sys.setprofile(None)
+        return number
+
+    calls(10)  # draws the epoch's crops
+    assert calls(200) == calls(10) > 0
+
+
+@on_gpu
+def test_same_training_on_the_gpu(
+    cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for precision, tolerance in (("32-true", 1e-4), ("bf16-mixed", 1e-2)):
+        options: dict[str, Any] = {
+            "accelerator": "gpu",
+            "devices": 1,
+            "precision": precision,
+            "optimizer": lambda params: SGD(params, lr=0.01, momentum=0.9),
+            "epochs": 2,
+        }
+        plain = fit(small_data(cifar10), tmp_path / f"plain {precision}", **options)
+        fast = fit(small_data(cifar10), tmp_path / f"fast {precision}", CUDAGraphs(5), **options)
+        assert "without CUDA graphs" not in capsys.readouterr().out
+        for name, value in fast[1].state_dict().items():
+            torch.testing.assert_close(
+                value.float(), plain[1].state_dict()[name].float(), rtol=tolerance, atol=tolerance
+            )
+        assert fast[0].global_step == plain[0].global_step
