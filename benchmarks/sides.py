@@ -40,6 +40,7 @@ from cuda_graphs import TrainingSteps, make_recordable
 from resnet_module import ResNet, ResNetModule
 
 BATCH_SIZE = 100
+EPOCH = 45_000  # images
 WARM_UP = 5  # steps that are not counted
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = train.native_precision(None) == "bf16-mixed"
@@ -129,14 +130,18 @@ class Stopwatch(Callback):
 
     @classmethod
     def figures(cls, images: int) -> dict[str, float]:
-        """Of the last epoch, in which `images` were trained on; checkpoints and logs included."""
+        """Of the last epoch, which trained on `images`.
+
+        Images per second are those of an epoch of 45,000, what comes after its steps (checkpoints,
+        logs) included and validation left out.
+        """
         begins = [at for name, at in cls.marks if name == "epoch"]
-        seconds = cls.marks[-1][1] - begins[-1]
-        last = [(name, at) for name, at in cls.marks if at >= begins[-1]]
-        validation = sum(at for name, at in last if name == "validated")
-        validation -= sum(at for name, at in last if name == "validation")
+        last = [(name, at) for name, at in cls.marks if at > begins[-1]]
+        steps = last[0][1] - begins[-1]
+        validation = sum(at if name == "validated" else -at for name, at in last[:-1])
+        rest = last[-1][1] - last[0][1] - validation
         return {
-            "images_per_s": images / (seconds - validation),
+            "images_per_s": EPOCH / (EPOCH / images * steps + rest),
             "validation_s": validation,
             "first_step_at": begins[0],
         }
@@ -223,7 +228,7 @@ def fit(root: str, batches: int, options: list[str]) -> dict[str, float]:
             *options,
         ]
         train.main()
-    return Stopwatch.figures(BATCH_SIZE * batches if limit else 45_000)
+    return Stopwatch.figures(BATCH_SIZE * batches if limit else EPOCH)
 
 
 def bare(root: str, batches: int, options: list[str]) -> dict[str, float]:

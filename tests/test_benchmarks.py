@@ -1,0 +1,70 @@
+"""The benchmark counts what it says it counts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sides
+import speed
+import torch
+from sides import EPOCH
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(speed.__file__).parent
+
+
+def test_operations_of_a_training_step() -> None:
+    """Against the formula: each convolution's products, once forward and twice backward."""
+    # Stem; six convolutions of stage 1; in stages 2 and 3 two that widen and five that do not.
+    stem = 32 * 32 * 9 * 3 * 16
+    widening = 2 * 9 * (16 * 16 * 16 * 32 + 8 * 8 * 32 * 64)
+    others = 9 * (6 * 32 * 32 * 16 * 16 + 5 * 16 * 16 * 32 * 32 + 5 * 8 * 8 * 64 * 64)
+    products = 3 * (stem + widening + others + 64 * 10) - stem  # images need no gradient
+    step = speed.training_step(batch_size=2)
+    with FlopCounterMode(display=False) as counted:
+        step()
+    assert counted.get_total_flops() == 2 * 2 * products
+
+
+def test_bytes_are_those_read_and_written() -> None:
+    a, b = torch.ones(10, 10), torch.ones(10, 10, dtype=torch.float64)
+    with speed.ByteCounter() as counted:
+        a + a.t()
+        b.add_(1)
+    assert counted.bytes == 3 * 400 + 2 * 800
+
+
+def test_stopwatch_leaves_validation_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = [("epoch", 1.0), ("epoch", 11.0), ("validation", 15.0), ("validated", 16.0)]
+    monkeypatch.setattr(sides.Stopwatch, "marks", [*marks, ("end", 36.0)])
+    figures = sides.Stopwatch.figures(images=18_000)
+    # 45,000 images would take 10 s in place of 4, and the 20 s after them.
+    assert figures == {"images_per_s": 1500.0, "validation_s": 1.0, "first_step_at": 1.0}
+    monkeypatch.setattr(sides.Stopwatch, "marks", [("epoch", 0.0), ("end", 9.0)])
+    assert sides.Stopwatch.figures(images=EPOCH)["images_per_s"] == 5000
+
+
+def test_noise_is_shaped_like_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides.cifar_datamodule, "CIFAR", {})
+    images, labels = next(iter(sides.per_image_loader(str(tmp_path), num_workers=0)))
+    assert images.shape == (100, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1
+    assert labels.shape == (100,)
+
+
+@pytest.mark.slow
+def test_speed_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--quick", f"--output={output}"]
+    done = subprocess.run(
+        [*command, f"--data.root={tmp_path}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["sides"]["C"]["images_per_s"]["median"] > 0
+    assert 0 < results["sides"]["validation_share"]["median"] < 1
+    for row in ("| C |", "| C/A |", "| evaluation |", "| operations |", "| image_size | 64 |"):
+        assert row in done.stdout
