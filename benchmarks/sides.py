@@ -6,8 +6,9 @@
     C  this project's `python train.py fit`
     D  the bare loop: this project's network, data path and precision without Lightning
 
-`python benchmarks/sides.py C --data.root data` runs one of them in a process of its own and prints
-its figures as JSON. Where there is no CIFAR-10, random images take its place.
+`python benchmarks/sides.py C --data.root data` runs one of them, in turns of some batches: it takes
+one for each line that it reads, and prints its figures. Where there is no CIFAR-10, random images
+take its place.
 """
 
 import argparse
@@ -16,11 +17,10 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from resnet_module import ResNet, ResNetModule
 
 BATCH_SIZE = 100
 EPOCH = 45_000  # images
-WARM_UP = 5  # steps that are not counted
+FIGURES = "figures: "
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = train.native_precision(None) == "bf16-mixed"
 
@@ -107,70 +107,81 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-class Stopwatch(Callback):
-    """Notes when an epoch begins, when it validates, and when training ends."""
+def report(**figures: float) -> None:
+    """Prints the figures of a turn, which the process that gives the turns looks for."""
+    figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if DEVICE.type == "cuda":
+        figures["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    print("\n" + FIGURES + json.dumps(figures), flush=True)
 
-    marks: ClassVar[list[tuple[str, float]]] = []
 
-    def _mark(self, name: str) -> None:
+def await_turn() -> None:
+    """Waits to be given the next turn, or ends."""
+    if not sys.stdin.readline():
+        sys.stdout.flush()
+        os._exit(0)
+
+
+class Turns(Callback):
+    """Makes each epoch a turn.
+
+    Its images per second are those of an epoch of 45,000, what comes after the steps (checkpoints,
+    logs) included, and validation, which has a figure of its own, left out.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.marks: list[float] = []
+
+    def _mark(self) -> None:
         wait()
-        self.marks.append((name, time.time()))
+        self.marks.append(time.perf_counter())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("epoch")
+        if self.marks:
+            self._mark()
+        report(**self.figures() if self.marks else {})
+        await_turn()
+        self.marks = [time.perf_counter()]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("validation")
+        if not trainer.sanity_checking:
+            self._mark()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("validated")
+    on_validation_end = on_validation_start
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("end")
-
-    @classmethod
-    def figures(cls, images: int) -> dict[str, float]:
-        """Of the last epoch, which trained on `images`.
-
-        Images per second are those of an epoch of 45,000, what comes after its steps (checkpoints,
-        logs) included and validation left out.
-        """
-        begins = [at for name, at in cls.marks if name == "epoch"]
-        last = [(name, at) for name, at in cls.marks if at > begins[-1]]
-        steps = last[0][1] - begins[-1]
-        validation = sum(at if name == "validated" else -at for name, at in last[:-1])
-        rest = last[-1][1] - last[0][1] - validation
+    def figures(self) -> dict[str, float]:
+        """Of the turn that the marks are of: its begin, validation's begin and end, its end."""
+        begin, *validation, end = self.marks
+        steps = (validation[0] if validation else end) - begin
+        validation_s = validation[1] - validation[0] if validation else 0.0
+        rest = end - begin - steps - validation_s
         return {
-            "images_per_s": EPOCH / (EPOCH / images * steps + rest),
-            "validation_s": validation,
-            "first_step_at": begins[0],
+            "images_per_s": EPOCH / (EPOCH / self.images * steps + rest),
+            "validation_s": validation_s,
         }
 
 
-def timed(steps: Iterator[int], batches: int) -> dict[str, float]:
-    """Images per second of `steps`, each of which yields its number of images."""
-    first = time.time()
-    warmed = 0
-    while warmed < WARM_UP * BATCH_SIZE:
-        warmed += next(steps)
-    wait()
-    start, images = time.perf_counter(), 0
-    while images < batches * BATCH_SIZE:
-        images += next(steps)
-    wait()
-    return {
-        "images_per_s": images / (time.perf_counter() - start),
-        "first_step_at": first,
-    }
+def take_turns(steps: Iterator[int], batches: int) -> None:
+    """Makes `batches` of `steps`, each of which yields its number of images, a turn."""
+    report()  # ready
+    while True:
+        await_turn()
+        start, images = time.perf_counter(), 0
+        while images < batches * BATCH_SIZE:
+            images += next(steps)
+        wait()
+        report(images_per_s=images / (time.perf_counter() - start))
 
 
-def note(root: str, batches: int, options: list[str]) -> dict[str, float]:
+def note(root: str, batches: int, options: list[str]) -> None:
     """A."""
+    loader, network = per_image_loader(root, num_workers=0), ResNet().to(DEVICE)
+    optimizer = Adam(network.parameters(), lr=1e-3)
 
     def steps() -> Iterator[int]:
-        network = ResNet().to(DEVICE)
-        optimizer = Adam(network.parameters(), lr=1e-3)
-        for number, (images, labels) in enumerate(per_image_loader(root, num_workers=0)):
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        for number, (images, labels) in enumerate(epochs):
             images, labels = images.to(DEVICE), labels.to(DEVICE)
             optimizer.zero_grad()
             loss = F.cross_entropy(network(images), labels)
@@ -180,7 +191,7 @@ def note(root: str, batches: int, options: list[str]) -> dict[str, float]:
                 print(f"Iter [{number + 1}/500] Loss: {loss.item():.4f}")
             yield len(labels)
 
-    return timed(steps(), batches)
+    take_turns(steps(), batches)
 
 
 class Usual(LightningModule):
@@ -204,34 +215,31 @@ class Usual(LightningModule):
         return Adam(self.parameters(), lr=1e-3)
 
 
-def usual(root: str, batches: int, options: list[str]) -> dict[str, float]:
+def usual(root: str, batches: int, options: list[str]) -> None:
     """B."""
     loader = per_image_loader(root, num_workers=os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(
-            max_epochs=2,
-            limit_train_batches=batches,
-            default_root_dir=folder,
-            callbacks=[Stopwatch()],
-        ).fit(Usual(), loader)
-    return Stopwatch.figures(batches * BATCH_SIZE)
+    Trainer(
+        max_epochs=-1,
+        limit_train_batches=batches,
+        default_root_dir=Path.cwd(),
+        callbacks=[Turns(batches * BATCH_SIZE)],
+    ).fit(Usual(), loader)
 
 
-def fit(root: str, batches: int, options: list[str]) -> dict[str, float]:
-    """C. On a GPU whole epochs, for a limit would keep it from its fast path."""
+def fit(root: str, batches: int, options: list[str]) -> None:
+    """C. On a GPU the turns are whole epochs, for a limit would keep it from its fast path."""
     source(root)
     limit = [] if DEVICE.type == "cuda" else [f"--trainer.limit_train_batches={batches}"]
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = [
-            *("train.py", "fit", f"--data.root={root}", "--trainer.max_epochs=2", *limit),
-            *(f"--trainer.default_root_dir={folder}", "--trainer.callbacks+=__main__.Stopwatch"),
-            *options,
-        ]
-        train.main()
-    return Stopwatch.figures(BATCH_SIZE * batches if limit else EPOCH)
+    images = BATCH_SIZE * batches if limit else EPOCH
+    sys.argv = [
+        *("train.py", "fit", f"--data.root={root}", "--trainer.max_epochs=1000000", *limit),
+        *("--trainer.callbacks+=__main__.Turns", f"--trainer.callbacks.images={images}"),
+        *options,
+    ]
+    train.main()
 
 
-def bare(root: str, batches: int, options: list[str]) -> dict[str, float]:
+def bare(root: str, batches: int, options: list[str]) -> None:
     """D. On a GPU under a CUDA graph, as C."""
     data, module = prepared(root), ResNetModule().to(DEVICE)
     optimizer = Adam(module.parameters(), lr=1e-3)
@@ -256,24 +264,20 @@ def bare(root: str, batches: int, options: list[str]) -> dict[str, float]:
             take(images, labels)
             yield len(labels)
 
-    return timed(steps(), batches)
+    take_turns(steps(), batches)
 
 
 SIDES = {"A": note, "B": usual, "C": fit, "D": bare}
 
 
 def main() -> None:
-    """Runs one side; its figures are the last line of the output."""
+    """Runs one side, until there are no more turns."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("--data.root", dest="root", default="data")
-    parser.add_argument("--batches", type=int, default=40, help="counted, after a warm-up")
+    parser.add_argument("--batches", type=int, default=10, help="in a turn")
     arguments, options = parser.parse_known_args()
-    figures = SIDES[arguments.side](arguments.root, arguments.batches, options)
-    figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if DEVICE.type == "cuda":
-        figures["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps(figures))
+    SIDES[arguments.side](arguments.root, arguments.batches, options)
 
 
 if __name__ == "__main__":

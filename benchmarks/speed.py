@@ -1,7 +1,7 @@
 """How fast training is, beside other ways to train the same network and beside what is possible.
 
-    python benchmarks/speed.py --data.root data     # half an hour on two CPU cores
-    python benchmarks/speed.py --quick              # three minutes
+    python benchmarks/speed.py --data.root data     # a quarter of an hour on two CPU cores
+    python benchmarks/speed.py --quick              # two minutes
 
 Where CIFAR-10 is not in --data.root, random images take its place.
 
@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -29,6 +30,7 @@ from sides import (
     BF16,
     DEVICE,
     EPOCH,
+    FIGURES,
     SIDES,
     autocast,
     crops,
@@ -44,12 +46,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet_module import ResNet, ResNetModule
 
 FOLDER = Path(__file__).parent
+WARM_UP = 2  # rounds that are not counted
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 Figures = dict[str, Any]
-
-
-def median(values: list[float]) -> Figures:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def seconds(act: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[float]:
@@ -63,42 +62,71 @@ def seconds(act: Callable[[], Any], repeats: int, warm_up: int = 1) -> list[floa
     return taken[warm_up:]
 
 
-def run_side(side: str, root: str, batches: int, options: list[str]) -> Figures:
-    """The figures of one side in a process of its own, and when its first step came."""
-    command = [sys.executable, str(FOLDER / "sides.py"), side, "--data.root", root]
-    start = time.time()
-    done = subprocess.run(
-        [*command, "--batches", str(batches), *options],
-        capture_output=True,
-        text=True,
-        cwd=FOLDER.parent,
-    )
-    if done.returncode:
-        sys.exit(f"side {side} failed:\n{done.stdout}\n{done.stderr}")
-    figures = json.loads(done.stdout.splitlines()[-1])
-    figures["first_step_s"] = figures.pop("first_step_at") - start
-    print(f"  {side}: {figures['images_per_s']:,.0f} images/s", flush=True)
-    return figures
+class Side:
+    """One side, in a process of its own, that trains when it is given a turn."""
+
+    def __init__(
+        self, name: str, root: str, batches: int, options: list[str], folder: Path
+    ) -> None:
+        command = [sys.executable, str(FOLDER / "sides.py"), name, f"--data.root={root}"]
+        start = time.perf_counter()
+        self.errors = (folder / f"{name}.err").open("w+")
+        self.process = subprocess.Popen(
+            [*command, f"--batches={batches}", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            cwd=folder,  # where its runs go
+        )
+        self._figures()  # it is ready
+        self.first_step_s = time.perf_counter() - start
+
+    def _figures(self) -> Figures:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(FIGURES):
+                return json.loads(line.removeprefix(FIGURES))
+        self.errors.seek(0)
+        sys.exit(f"{' '.join(map(str, self.process.args))} failed:\n{self.errors.read()}")  # type: ignore[arg-type]
+
+    def turn(self) -> Figures:
+        """Trains for a turn; the figures of it."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._figures()
 
 
 def sides(root: str, rounds: int, batches: int, options: list[str]) -> Figures:
-    """The sides in turn: medians of their figures, and ratios within each round."""
-    runs: dict[str, list[Figures]] = {side: [] for side in SIDES}
-    for number in range(rounds):
-        print(f"round {number + 1} of {rounds}", flush=True)
-        for side in SIDES:
-            runs[side].append(run_side(side, root, batches, options if side == "C" else []))
-    results: Figures = {
-        side: {name: median([run[name] for run in found]) for name in found[0]}
-        for side, found in runs.items()
-    }
-    rates = {side: [run["images_per_s"] for run in found] for side, found in runs.items()}
+    """The sides in turn: medians of their figures, and of the ratios within each round."""
+    turns: dict[str, list[Figures]] = {name: [] for name in SIDES}
+    results: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        running = {
+            name: Side(name, root, batches, options if name == "C" else [], Path(folder))
+            for name in SIDES
+        }
+        for _ in range(WARM_UP + rounds):
+            for name, side in running.items():
+                turns[name].append(side.turn())
+            print(
+                *(f"{name} {found[-1]['images_per_s']:,.0f}" for name, found in turns.items()),
+                flush=True,
+            )
+        for side in running.values():
+            side.process.communicate("")  # no more turns
+    for name, found in turns.items():
+        del found[:WARM_UP]
+        results[name] = {key: median([turn[key] for turn in found]) for key in found[0]}
+        results[name]["first_step_s"] = running[name].first_step_s
+    rates = {name: [turn["images_per_s"] for turn in found] for name, found in turns.items()}
     for other in "ABD":
         ratios = [c / x for c, x in zip(rates["C"], rates[other], strict=True)]
         results[f"C/{other}"] = median(ratios)
     share = [
-        run["validation_s"] / (run["validation_s"] + EPOCH / run["images_per_s"])
-        for run in runs["C"]
+        turn["validation_s"] / (turn["validation_s"] + EPOCH / turn["images_per_s"])
+        for turn in turns["C"]
     ]
     results["validation_share"] = median(share)
     return results
@@ -274,9 +302,17 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def spread(figure: Figures, form: str = ",.0f") -> str:
-    """`median (min to max)`."""
-    low, middle, high = (format(figure[name], form) for name in ("min", "median", "max"))
+def median(values: list[float]) -> Figures:
+    """Their median, and the quartiles between which half of them lie."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high, "n": len(values)}
+
+
+def spread(figure: Figures | float, form: str = ",.0f") -> str:
+    """`median (lower to upper quartile)`."""
+    if not isinstance(figure, dict):
+        return format(figure, form)
+    low, middle, high = (format(figure[name], form) for name in ("low", "median", "high"))
     return f"{middle} ({low} to {high})"
 
 
@@ -341,7 +377,7 @@ def scaling_table(rows: list[Figures]) -> str:
 
 
 def report(results: Figures) -> str:
-    """What was measured, as tables: median (min to max)."""
+    """What was measured, as tables: median (quartiles)."""
     parts = [
         ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value) + "\n",
         sides_table(results["sides"]),
@@ -363,16 +399,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("speed.json"), help="the figures")
     arguments, options = parser.parse_known_args()
     root, quick = arguments.root, arguments.quick
-    rounds = 2 if quick else 7
+    rounds = 3 if quick else 24
     # Of a GPU's epochs, which are short, the whole.
-    batches = EPOCH // BATCH_SIZE if DEVICE.type == "cuda" else 10 if quick else 40
+    batches = EPOCH // BATCH_SIZE if DEVICE.type == "cuda" else 10
     results: Figures = {
         "command": " ".join(sys.argv),
         "machine": machine(),
         "sides": sides(root, rounds, batches, options),
-        "data": data_path(root, rounds, 1_000 if quick else 5_000),
-        "evaluation": evaluation(root, rounds, 1_000 if quick else 5_000),
-        "help": help_time(rounds),
+        "data": data_path(root, rounds, 1_000),
+        "evaluation": evaluation(root, rounds, 1_000),
+        "help": help_time(3 if quick else 10),
         "limit": limit(),
         "scaling": scaling(quick),
     }
