@@ -319,7 +319,7 @@ def spread(figure: Figures | float, form: str = ",.0f") -> str:
 def table(header: str, rows: list[list[str]]) -> str:
     """A table in Markdown."""
     columns = header.count("|") + 1
-    lines = [header, "|".join(["---"] * columns), *(" | ".join(row) for row in rows)]
+    lines = [header, " | ".join(["---"] * columns), *(" | ".join(row) for row in rows)]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 

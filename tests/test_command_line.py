@@ -86,7 +86,7 @@ def test_test_takes_the_newest_best_and_its_options(run: Run) -> None:
 
 
 def test_explicit_options_win_over_the_checkpoints(run: Run) -> None:
-    fit_digits(run, "--data.augmentation=zoom")
+    fit_digits(run, "--data.augmentation=zoom", "--data.eval_batch_size=360")
     seen: list[tuple[int, ...]] = []
 
     def spy(self: Any, batch: Any, index: int, hook: Any = train.CIFARDataModule) -> Any:

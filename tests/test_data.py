@@ -342,6 +342,16 @@ def test_offline_error_names_folder_file_and_digits(cifar10: Path, tmp_path: Pat
         assert part in str(error.value)
 
 
+def test_evaluation_batches_suit_the_device(cifar10: Path) -> None:
+    def sizes(**options: Any) -> list[int]:
+        data = CIFARDataModule(str(cifar10), val_size=120, **options)
+        data.setup("fit")
+        return [len(labels) for _, labels, _ in data.val_dataloader()]
+
+    assert sizes() == [100, 20]  # on a CPU
+    assert sizes(eval_batch_size=50) == [50, 50, 20]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
