@@ -73,8 +73,8 @@ class CIFARDataModule(LightningDataModule):
             scikit-learn: nothing to download) or the path of a folder of one's own images,
             sorted into `train/<class>/` and `test/<class>/`.
         batch_size: Training images per batch, in each process.
-        eval_batch_size: Validation and test images per batch, in each process; it changes no
-            result. Without one 1,000 on a GPU, and 100 on a CPU, whose caches hold no more.
+        eval_batch_size: Validation and test images per batch, in each process. Without one 1,000
+            on a GPU, and 100 on a CPU, whose caches hold no more.
         val_size: Training images held out for validation, the same share of each class and the
             same images for every seed. 0 trains on all images and validates on none.
         image_size: Side of the images in pixels. Images of another size are resized (shorter

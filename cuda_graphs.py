@@ -11,16 +11,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    Timer,
-)
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -39,7 +32,7 @@ STEP_HOOKS = (
     "on_before_optimizer_step",
 )
 # Of Lightning's own callbacks these only look on; the others interfere with training.
-ONLOOKERS = (EarlyStopping, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar, Timer)
+ONLOOKERS = (EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, SaveConfigCallback)
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,7 +57,8 @@ class Recording:
         """Writes down what the step does, without doing it."""
         self.images, self.labels = images.clone(), labels.clone()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):
+        here = torch.cuda.stream(torch.cuda.current_stream())  # to return to, should it fail
+        with here, torch.cuda.graph(self.graph, stream=self.stream):
             self.logits = self.step(self.images, self.labels)
 
     def replay(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -97,8 +91,10 @@ class TrainingSteps:
         self.batch_size = batch_size
         self.between = between
         self.recording: Recording | None = Recording(self.step)
+        self.recording_holds = False
         self.warm_ups = 0
-        self.recorded: list[dict[str, Any]] = []
+        self.recorded: list[Any] = []  # what a recording has built in
+        self.rates = [group["lr"] for group in optimizer.param_groups]
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Takes the steps of a chunk.
@@ -110,6 +106,10 @@ class TrainingSteps:
         Returns:
             (N, num_classes), what each mini-batch's network, before its step, made of the images.
         """
+        built_in = self._built_in()
+        if built_in != self.recorded:
+            # From the start: what is new may need kernels and optimizer state of its own.
+            self.recorded, self.recording_holds, self.warm_ups = built_in, False, 0
         logits: list[Tensor] = []
         for batch in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
             if logits:
@@ -124,13 +124,9 @@ class TrainingSteps:
         if self.warm_ups < WARM_UPS:
             self.warm_ups += 1
             return self.recording.warm_up(images, labels)
-        # A graph reads the learning rate from a tensor, and has all else, as momentum, built in.
-        settings = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
-        if settings != self.recorded:
-            self.recorded = settings
+        self._fill_rates()
+        if not self.recording_holds:
+            self.recording_holds = True
             self.optimizer.zero_grad()  # a recording has to make its own gradients
             try:
                 self.recording.record(images, labels)
@@ -139,6 +135,21 @@ class TrainingSteps:
                 self.recording = None
                 return self.step(images, labels)
         return self.recording.replay(images, labels)
+
+    def _built_in(self) -> list[Any]:
+        """What a graph takes for constant: settings but the rate, what is trained, and where."""
+        return [
+            [{**group, "params": None, "lr": None} for group in self.optimizer.param_groups],
+            [(value.data_ptr(), value.requires_grad) for value in self.module.parameters()],
+            [module.training for module in self.module.modules()],
+        ]
+
+    def _fill_rates(self) -> None:
+        """A graph reads learning rates from tensors: one assigned since is written into them."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if group["lr"] is not rate:
+                rate.fill_(group["lr"])
+                group["lr"] = rate
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Forward, backward, optimizer: what Lightning does with a batch."""
@@ -174,9 +185,11 @@ class CUDAGraphs(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decides, and if so has the data ready on the GPU in chunks."""
         self.plain_settings = []
+        if isinstance(pl_module, ResNetModule):
+            pl_module.many_steps = None  # that of an earlier fit, had it been interrupted
         if pl_module.device.type != DEVICE or not self.steps:
             return
-        if reason := obstacle(trainer, pl_module):
+        if reason := obstacle(trainer, pl_module, self.steps):
             say(f"Training step by step, without CUDA graphs: {reason}")
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -208,14 +221,19 @@ class CUDAGraphs(Callback):
             if "_last_lr" in scheduler:
                 scheduler["_last_lr"] = [float(rate) for rate in scheduler["_last_lr"]]
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which Lightning does not call then
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Frees the recording and its memory."""
         if isinstance(pl_module, ResNetModule):
             pl_module.many_steps = None
 
 
-def obstacle(trainer: Trainer, module: LightningModule) -> str | None:
-    """What keeps a run from the fast path, None if nothing does."""
+def obstacle(trainer: Trainer, module: LightningModule, steps: int) -> str | None:
+    """What keeps a run from the fast path in chunks of `steps`, None if nothing does."""
     options: Any = trainer
     data, optimizer = options.datamodule, trainer.optimizers[0]
     reasons = {
@@ -228,17 +246,20 @@ def obstacle(trainer: Trainer, module: LightningModule) -> str | None:
         "batches accumulate gradients": trainer.accumulate_grad_batches != 1,
         "gradients are clipped": bool(trainer.gradient_clip_val),
         "the number of training batches is limited": not is_all(trainer.limit_train_batches),
-        "the number of steps is limited": trainer.max_steps != -1,
+        "the number of steps is limited": trainer.max_steps != -1 or bool(trainer.min_steps),
         "validation comes within an epoch": not is_all(trainer.val_check_interval),
         "anomalies are looked for": bool(options._detect_anomaly),
         "data.num_workers is not 0": getattr(data, "num_workers", 0) != 0,
         f"{type(optimizer).__name__} is not one of Adam, AdamW and SGD": (
             type(optimizer) not in (Adam, AdamW, SGD)
         ),
-        "the scheduler changes momentum at every step": any(
-            getattr(config.scheduler, "cycle_momentum", False) and config.interval == "step"
+        "the optimizer is differentiable": bool(optimizer.defaults.get("differentiable")),
+        "the scheduler does more at every step than to set the rate": any(
+            (config.reduce_on_plateau or getattr(config.scheduler, "cycle_momentum", False))
+            and config.interval == "step"
             for config in trainer.lr_scheduler_configs
         ),
+        "the images would fill the GPU's memory": not fits(data, steps, module.device),
     }
     reasons |= {
         f"{type(callback).__name__} may act at every step": interferes(callback)
@@ -252,13 +273,27 @@ def is_all(limit: float | None) -> bool:
     return isinstance(limit, float) and limit == 1.0
 
 
+def fits(data: Any, steps: int, device: torch.device) -> bool:
+    """Whether all images and a chunk, of which there are copies, leave half of the memory free."""
+    if device.type != "cuda" or type(data) is not CIFARDataModule:
+        return True
+    images = data.train_set.images.nbytes + data.val_set.images.nbytes
+    chunk = steps * data.batch_size * 3 * data.image_size**2 * 4  # bytes, float32
+    return images + 4 * chunk < torch.cuda.mem_get_info(device)[0] / 2
+
+
 def interferes(callback: Callback) -> bool:
-    """Whether a callback may do more between two steps than to show, or look at the clock."""
-    if isinstance(callback, ModelCheckpoint):
-        return bool(callback._every_n_train_steps)
-    if type(callback).__module__.startswith("lightning.pytorch.callbacks"):
-        return not isinstance(callback, ONLOOKERS)
-    return any(is_overridden(hook, callback, parent=Callback) for hook in STEP_HOOKS)
+    """Whether a callback may do more between two steps than to look on."""
+    if isinstance(callback, ModelCheckpoint) and (
+        callback._every_n_train_steps or callback._train_time_interval or callback.save_on_exception
+    ):
+        return True
+    known = next(
+        kind for kind in type(callback).__mro__ if kind.__module__.startswith("lightning.")
+    )
+    if known is not Callback and not issubclass(known, ONLOOKERS):
+        return True
+    return any(getattr(type(callback), hook) is not getattr(known, hook) for hook in STEP_HOOKS)
 
 
 def make_recordable(optimizer: Optimizer, device: torch.device) -> None:

@@ -248,7 +248,7 @@ class ResNetModule(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps float images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
-        return self.network((images - self.mean) / self.std)
+        return self.network(((images - self.mean) / self.std).to(self.mean.dtype))
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss (N,) of each image: cross-entropy."""
@@ -266,7 +266,7 @@ class ResNetModule(LightningModule):
         logits = self.many_steps(images, labels) if self.many_steps else self(images)
         loss = self._score(logits, labels, self.train_metrics)
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and batch_idx % interval == 0:
+        if interval and (self.many_steps or batch_idx % interval == 0):
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return None if self.many_steps else loss
 

@@ -95,6 +95,8 @@ class CLI(LightningCLI):
         if config.trainer.precision is None and not config.trainer.plugins:
             config.trainer.precision = native_precision(self.accelerator)
             say(f"Precision: {config.trainer.precision}, by what the hardware computes natively")
+        elif command == "fit" and self.checkpoint and "trainer.precision" not in options:
+            say(f"Precision: {config.trainer.precision}, as in the run so far")
         # The checkpoint is no part of what is saved, and LightningCLI would read its options again,
         # over those given explicitly.
         config.ckpt = config.ckpt_path = None

@@ -7,7 +7,7 @@ Where CIFAR-10 is not in --data.root, random images take its place.
 
 Prints tables and writes speed.json. The sides (see sides.py) run in turn, A B C D A B C D …, each
 in a process of its own. What is not an option here goes to this project's `fit`:
-`python benchmarks/speed.py --trainer.precision 32-true`. Nothing else should run meanwhile.
+`python benchmarks/speed.py --trainer.benchmark true`. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -392,12 +392,16 @@ def report(results: Figures) -> str:
 def main() -> None:
     """Measures everything, prints the tables and writes the figures."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data.root", dest="root", default="data", help="where CIFAR-10 lies")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument("--output", type=Path, default=Path("speed.json"), help="the figures")
     arguments, options = parser.parse_known_args()
+    if any(option.startswith("--trainer.precision") for option in options):
+        parser.error("trainer.precision is the hardware's here: the sides would differ in it")
+    if not arguments.output.absolute().parent.is_dir():
+        parser.error(f"output is {str(arguments.output)!r}: there is no such folder")
     root, quick = arguments.root, arguments.quick
     rounds = 3 if quick else 24
     # Of a GPU's epochs, which are short, the whole.

@@ -443,6 +443,12 @@ def test_precision_is_what_the_cpu_computes_natively(
     config = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())
     assert config["trainer"]["precision"] == precision
 
+    # A run keeps its precision, whatever machine it goes on with.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": precision == "32-true"})
+    out = run("fit", "--ckpt=last", "--trainer.max_steps=2").out
+    assert f"Precision: {precision}, as in the run so far" in out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+
     other = "32-true" if precision == "bf16-mixed" else "bf16-mixed"
     out = fit_digits(run, f"--trainer.precision={other}", "--trainer.max_steps=1")
     assert "Precision: " not in out
@@ -468,4 +474,5 @@ def test_cuda_graphs_are_an_option(run: Run) -> None:
 
 
 def test_other_precisions_train_on_the_cpu(run: Run) -> None:
-    fit_digits(run, "--trainer.precision=64-true", "--trainer.max_steps=2")
+    for precision in ("64-true", "bf16-true"):
+        fit_digits(run, f"--trainer.precision={precision}", "--trainer.max_steps=2")

@@ -6,13 +6,16 @@ anything, reads and writes where it did when it was recorded, and overwrites its
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim import SGD, Adam, RMSprop
@@ -196,22 +199,44 @@ def test_either_path_goes_on_with_the_others_checkpoint(
     assert float(rate) == pytest.approx(1e-3 / 8)
 
 
-def test_other_momentum_is_recorded_anew(
-    cifar10: Path, tmp_path: Path, stand_in: type[StandIn]
+def set_momentum(trainer: Trainer, module: ResNetModule) -> None:
+    trainer.optimizers[0].param_groups[0]["momentum"] = 0.9 - 0.4 * (trainer.current_epoch == 2)
+
+
+def set_rate(trainer: Trainer, module: ResNetModule) -> None:
+    trainer.optimizers[0].param_groups[0]["lr"] = 0.1 ** (1 + trainer.current_epoch)
+
+
+def unfreeze(trainer: Trainer, module: ResNetModule) -> None:
+    module.network.fc.requires_grad_(trainer.current_epoch == 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "recordings"), [(set_momentum, 2), (set_rate, 1), (unfreeze, 2)]
+)
+def test_what_changes_between_epochs_is_noticed(
+    cifar10: Path, tmp_path: Path, stand_in: type[StandIn], change: Any, recordings: int
 ) -> None:
-    class Momentum(Callback):
-        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            trainer.optimizers[0].param_groups[0]["momentum"] = (0.9, 0.9, 0.5)[
-                trainer.current_epoch
-            ]
+    class Change(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+            change(trainer, pl_module)
 
-    def sgd(params: Any) -> SGD:
-        return SGD(params, lr=0.01, momentum=0.1)
+    def optimizer(params: Any) -> SGD | Adam:
+        return Adam(params) if change is unfreeze else SGD(params, lr=0.01, momentum=0.9)
 
-    plain = fit(small_data(cifar10), tmp_path / "plain", Momentum(), optimizer=sgd)
-    fast = fit(small_data(cifar10), tmp_path / "fast", Momentum(), CUDAGraphs(), optimizer=sgd)
+    plain, fast = (
+        fit(
+            small_data(cifar10),
+            tmp_path / str(len(graphs)),
+            Change(),
+            *graphs,
+            optimizer=optimizer,
+            model={"lr_scheduler": None},
+        )
+        for graphs in ([], [CUDAGraphs()])
+    )
     assert_same(plain, fast)
-    assert stand_in.recordings == 2
+    assert stand_in.recordings == recordings
 
 
 def test_step_that_cannot_be_recorded_is_taken(
@@ -231,8 +256,15 @@ def test_step_that_cannot_be_recorded_is_taken(
     assert "could not be recorded: operation not permitted" in capsys.readouterr().out
 
 
+HOUR = timedelta(hours=1)
+
+
 class AtEveryStep(Callback):
     def on_before_optimizer_step(self, *_: Any) -> None: ...
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    def on_train_batch_start(self, *_: Any) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -250,8 +282,25 @@ class AtEveryStep(Callback):
         ("WeightAveraging may act", {"callback": WeightAveraging()}),
         ("ModelCheckpoint may act", {"callback": ModelCheckpoint(every_n_train_steps=3)}),
         ("RMSprop is not one of", {"optimizer": RMSprop}),
+        ("number of steps is limited", {"min_steps": 3}),
+        ("ModelCheckpoint may", {"callback": ModelCheckpoint(train_time_interval=HOUR)}),
+        ("ModelCheckpoint may", {"callback": ModelCheckpoint(save_on_exception=True)}),
+        ("OwnCheckpoint may", {"callback": OwnCheckpoint()}),
+        ("LearningRateMonitor may", {"callback": LearningRateMonitor()}),
+        ("Timer may", {"max_time": {"hours": 1}}),
+        ("is differentiable", {"optimizer": lambda p: Adam(p, differentiable=True), "fails": True}),
         (
-            "changes momentum",
+            "does more at every step",
+            {
+                "model": {
+                    "lr_scheduler": lambda o: ReduceLROnPlateau(o, "train/loss"),
+                    "lr_interval": "step",
+                },
+                "fails": True,
+            },
+        ),
+        (
+            "does more at every step",
             {
                 "model": {
                     "lr_scheduler": lambda o: OneCycleLR(o, 0.1, total_steps=99),
@@ -270,14 +319,18 @@ def test_plain_path_takes_over(
     reason: str,
     options: dict[str, Any],
 ) -> None:
+    options = dict(options)
     callbacks = [CUDAGraphs(), *filter(None, [options.pop("callback", None)])]
-    data = small_data(cifar10, **options.pop("data", {}))
-    trainer, _ = fit(data, tmp_path, *callbacks, epochs=1, **options)
+    data = CIFARDataModule(str(cifar10), val_size=25, **options.pop("data", {}))
+    if options.pop("fails", False):  # in plain training, for a reason of its own
+        with pytest.raises((RuntimeError, MisconfigurationException)):
+            fit(data, tmp_path, *callbacks, epochs=1, **options)
+    else:
+        assert fit(data, tmp_path, *callbacks, epochs=1, **options)[0].global_step > 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "CUDA graphs" in line]
     assert len(lines) == 1
     assert reason in lines[0]
     assert stand_in.recordings == 0
-    assert trainer.global_step > 0
 
 
 def test_without_a_gpu_nothing_is_said(
