@@ -14,6 +14,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -255,7 +256,8 @@ def native_precision(accelerator: str | None) -> Literal["bf16-mixed", "32-true"
     elif accelerator != "cpu" and MPSAccelerator.is_available():
         bf16 = False
     else:
-        features = torch.cpu.get_capabilities()
+        # Not every torch that serves has it; without it bf16 is the user's to choose.
+        features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return "bf16-mixed" if bf16 else "32-true"
 

@@ -436,7 +436,7 @@ def test_last_is_written_in_epochs_without_validation(run: Run) -> None:
 def test_precision_is_what_the_cpu_computes_natively(
     run: Run, monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], precision: str
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     out = fit_digits(run, "--trainer.max_steps=1")
     assert out.count("Precision: ") == 1
     assert f"Precision: {precision}, " in out
@@ -447,7 +447,7 @@ def test_precision_is_what_the_cpu_computes_natively(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": precision == "32-true"})
     out = run("fit", "--ckpt=last", "--trainer.max_steps=2").out
     assert f"Precision: {precision}, as in the run so far" in out
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
 
     other = "32-true" if precision == "bf16-mixed" else "bf16-mixed"
     out = fit_digits(run, f"--trainer.precision={other}", "--trainer.max_steps=1")
@@ -459,11 +459,17 @@ def test_precision_is_what_the_cpu_computes_natively(
 @pytest.mark.parametrize("bf16", [True, False])
 def test_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
     monkeypatch.setattr(train.CUDAAccelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not bf16})
+    other = {"avx512_bf16": not bf16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: other, raising=False)
     # Emulated bf16 does not count.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert train.native_precision(None) == ("bf16-mixed" if bf16 else "32-true")
     assert train.native_precision("cpu") == ("32-true" if bf16 else "bf16-mixed")
+
+
+def test_precision_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert train.native_precision("cpu") == "32-true"
 
 
 def test_cuda_graphs_are_an_option(run: Run) -> None:
