@@ -403,7 +403,7 @@ def main() -> None:
     if not arguments.output.absolute().parent.is_dir():
         parser.error(f"output is {str(arguments.output)!r}: there is no such folder")
     root, quick = arguments.root, arguments.quick
-    rounds = 3 if quick else 24
+    rounds = 2 if quick else 24
     # Of a GPU's epochs, which are short, the whole.
     batches = EPOCH // BATCH_SIZE if DEVICE.type == "cuda" else 10
     results: Figures = {
@@ -412,7 +412,7 @@ def main() -> None:
         "sides": sides(root, rounds, batches, options),
         "data": data_path(root, rounds, 1_000),
         "evaluation": evaluation(root, rounds, 1_000),
-        "help": help_time(3 if quick else 10),
+        "help": help_time(2 if quick else 10),
         "limit": limit(),
         "scaling": scaling(quick),
     }
