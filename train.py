@@ -344,6 +344,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*dirpath has changed.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*training_step. returned .None.*")  # of CUDAGraphs
+    warnings.filterwarnings("ignore", ".*not supported by the model summary.*")  # bf16-mixed
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
     try:
         CLI(
