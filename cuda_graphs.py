@@ -152,9 +152,10 @@ class TrainingSteps:
                 group["lr"] = rate
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward, backward, optimizer: what Lightning does with a batch."""
-        # Within one training_step autocast would go on using the weights of the first mini-batch.
-        torch.clear_autocast_cache()
+        """Forward, backward, optimizer: what Lightning does with a batch.
+
+        Autocast must not cache weights, which change within a chunk; Lightning's does not.
+        """
         logits = self.module(images)
         loss = self.module.losses(logits, labels).mean()
         with torch.autocast(images.device.type, enabled=False):

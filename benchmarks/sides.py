@@ -98,8 +98,8 @@ def prepared(root: str) -> CIFARDataModule:
 
 
 def autocast() -> Any:
-    """The precision that this project chooses on this machine."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16)
+    """The precision that this project chooses on this machine, as Lightning sets it up."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16, cache_enabled=False)
 
 
 def wait() -> None:
