@@ -297,9 +297,15 @@ class ResNetModule(LightningModule):
     # Metrics are logged once per epoch: in every step it would cost more than the metrics do.
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.train_metrics, prog_bar=True)
+        self._log_against_epochs()
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_metrics, prog_bar=True)
+        self._log_against_epochs()
+
+    def _log_against_epochs(self) -> None:
+        """Has Lightning log against the epochs done, not the steps, which depend on the batch."""
+        self.log("step", float(self.current_epoch + 1))
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.test_metrics)

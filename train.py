@@ -28,6 +28,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks import Throughput
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
 from resnet_module import ResNetModule
@@ -354,7 +355,7 @@ def main() -> None:
                 "accelerator": "gpu",
                 "max_epochs": 80,
                 "log_every_n_steps": 10,
-                "callbacks": [SayTimeOnCPU()],
+                "callbacks": [SayTimeOnCPU(), Throughput()],
             },
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
