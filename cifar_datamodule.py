@@ -6,10 +6,12 @@ neither the number of workers nor the device changes a run.
 """
 
 import contextlib
+import glob
+import hashlib
 import io
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
@@ -33,6 +36,7 @@ BUILT_IN = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "digits": (10, 1
 PAD = 4  # pixels of zeros on each side, as in He et al. 2015
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer after which a download is given up
+FAR_OFF = 2.0  # ratio of an image's sides beyond which more is cut off than is seen
 
 
 class ImageBatches(Dataset[Batch]):
@@ -89,12 +93,18 @@ class CIFARDataModule(LightningDataModule):
         num_workers: Processes that load batches. From memory 0, the main process, is fast.
         seed: Decides the order and the augmentation of the training images. Without one it is
             that of Lightning's `seed_everything`, or 0.
+        images: What `predict` reads instead of the test images: files of any kind that Pillow
+            opens, folders, and patterns such as `*.png`. No part of a checkpoint.
 
     Raises:
         ValueError: If an option is out of its range.
     """
 
     class_names: list[str]
+    checksum: str  # of the images and labels that were loaded last
+    files: list[Path]  # that predict has read, one for each image
+    remarks: list[str]  # on files whose middle says little about the whole
+    unreadable: list[str]  # what is wrong with the other files, a sentence for each
 
     def __init__(
         self,
@@ -109,9 +119,10 @@ class CIFARDataModule(LightningDataModule):
         evaluation: Literal["auto", "native", "zoom", "crop"] = "auto",
         num_workers: int = 0,
         seed: int | None = None,
+        images: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["images"])
         if evaluation == "auto":
             evaluation = "zoom" if augmentation == "zoom" else "native"
         self.root = root
@@ -125,6 +136,7 @@ class CIFARDataModule(LightningDataModule):
         self.evaluation = evaluation
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.images = images
         self._draws: tuple[int, Tensor] | None = None
         self._minibatches = 1
         self._check_options()
@@ -149,7 +161,7 @@ class CIFARDataModule(LightningDataModule):
                 raise ValueError(f"{name} is {value}: it must be {least} or more")
         if self.dataset in BUILT_IN:
             check_val_size(self.val_size, self.num_classes, BUILT_IN[self.dataset][1])
-        elif not (Path(self.dataset) / "train").is_dir():
+        elif self.images is None and not (Path(self.dataset) / "train").is_dir():
             raise ValueError(
                 f"dataset is {self.dataset!r}: choose {', '.join(BUILT_IN)}, "
                 "or a folder with images in train/<class>/ and test/<class>/"
@@ -168,7 +180,7 @@ class CIFARDataModule(LightningDataModule):
         Raises:
             FileNotFoundError: If it is not there and cannot be downloaded.
         """
-        if self.dataset not in CIFAR:
+        if self.dataset not in CIFAR or self.images is not None:
             return
         source = CIFAR[self.dataset]
         try:
@@ -184,18 +196,25 @@ class CIFARDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads into memory what `stage` (fit, validate, test or predict) needs."""
-        if stage in ("fit", "validate"):
+        if stage == "predict" and self.images is not None:
+            images, labels = self._read(self.images)
+            self.test_set = ImageBatches(self.evaluation_images(images), labels)
+        elif stage in ("fit", "validate"):
             images, labels = self._load(train=True)
             train, val = split(labels, self.val_size, self.num_classes)
-            self.val_set = ImageBatches(self._evaluation_images(images[val]), labels[val])
+            self.val_set = ImageBatches(self.evaluation_images(images[val]), labels[val])
             if stage == "fit":
                 images, labels = images[train], labels[train]
                 self._draws, self._minibatches = None, 1
                 self._statistics = channel_statistics(images)
                 self.train_set = ImageBatches(self._canvas(images), labels)
         else:
-            images, labels = self._load(train=False)
-            self.test_set = ImageBatches(self._evaluation_images(images), labels)
+            images, labels = self.native_test_set()
+            self.test_set = ImageBatches(self.evaluation_images(images), labels)
+
+    def native_test_set(self) -> Labelled:
+        """The test images, native (N, 3, image_size, image_size) uint8, and labels (N,) int64."""
+        return self._load(train=False)
 
     def _load(self, train: bool) -> Labelled:
         """Native images (N, 3, image_size, image_size) uint8 and labels; sets `class_names`."""
@@ -210,7 +229,36 @@ class CIFARDataModule(LightningDataModule):
             images, labels, self.class_names = load_folder(
                 Path(self.dataset), train, self.image_size, self.num_workers
             )
+        digest = hashlib.sha256(images.permute(0, 2, 3, 1).contiguous().numpy())
+        digest.update(labels.numpy())
+        self.checksum = f"sha256:{digest.hexdigest()}"
         return resize(images, self.image_size), labels
+
+    def _read(self, names: Sequence[str]) -> Labelled:
+        """Images (N, 3, image_size, image_size) uint8 from files; their labels are all -1.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        files, self.unreadable = image_files(names)
+        self.files, self.remarks = [], []
+        to_square, images = square(self.image_size), []
+        for file in files:
+            try:
+                image = read_image(file)
+            except Exception as error:  # of any kind: Pillow's readers raise what they please
+                reason = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({error})"
+                self.unreadable.append(f"{file} is no image that can be read{reason}")
+                continue
+            if max(image.size) > FAR_OFF * min(image.size):
+                size = f"{image.width} × {image.height} pixels"
+                self.remarks.append(f"{file} is {size}: only the square in its middle is seen")
+            self.files.append(file)
+            images.append(to_square(image))
+        if not images:
+            reasons = "".join(f"; {reason}" for reason in self.unreadable)
+            raise FileNotFoundError(f"there is nothing to predict in {list(names)}{reasons}")
+        return torch.stack(images), torch.full((len(images),), -1)
 
     def channel_statistics(self) -> Labelled:
         """Mean and standard deviation (3,), float32, of the training images in [0, 1]."""
@@ -224,7 +272,8 @@ class CIFARDataModule(LightningDataModule):
             return F.pad(images, (PAD, PAD, PAD, PAD))
         return images
 
-    def _evaluation_images(self, images: Tensor) -> Tensor:
+    def evaluation_images(self, images: Tensor) -> Tensor:
+        """What validation and test show of native images (N, 3, H, W) uint8."""
         if self.evaluation == "native":
             return images
         images = resize(images, zoomed(self.image_size))
@@ -414,11 +463,8 @@ def load_folder(
         MisconfigurationException: If train/ and test/ don't have the same classes.
         FileNotFoundError: If a class has no images.
     """
-    to_square = transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    )
     part = folder / ("train" if train else "test")
-    source = ImageFolder(part, to_square)
+    source = ImageFolder(part, square(size), loader=read_image)
     expected = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     if source.classes != expected:
         raise MisconfigurationException(
@@ -428,6 +474,56 @@ def load_folder(
     batches = list(DataLoader(source, batch_size=256, num_workers=num_workers))
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     return images, labels, source.classes
+
+
+def square(size: int) -> Callable[[Image.Image], Tensor]:
+    """Makes an image (3, `size`, `size`) uint8: its shorter side resized, its middle cropped."""
+    return transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The image in a file as one sees it, in RGB.
+
+    Upright, where a camera has noted how it was held; the first frame of an animation; 16 bits
+    rounded down to 8; on white, where it is transparent.
+
+    Raises:
+        Exception: Of any kind, if Pillow cannot read the file.
+    """
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.asarray(image, np.float64)
+        # What is deeper than 8 bits counts as 16 of them; floats within [0, 1] as that range.
+        scale = 1 / 257 if levels.max() > 255 else 255 if image.mode == "F" and levels.max() <= 1 else 1
+        image = Image.fromarray((levels * scale).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_files(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files that names, folders and patterns stand for, each once, and what stands for none.
+
+    Folders are walked to the bottom, in the order of names; hidden files are left out.
+    """
+    files: dict[Path, None] = {}
+    missing: list[str] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+            visible = [f for f in inside if not any(part.startswith(".") for part in f.parts)]
+            found = [path / file for file in sorted(visible)]
+        else:
+            found = [path] if path.is_file() else [Path(f) for f in sorted(glob.glob(name, recursive=True))]
+        files |= dict.fromkeys(found)
+        if not found:
+            missing.append(f"{name}: there is no such file" + (" in it" if path.is_dir() else ""))
+    return list(files), missing
 
 
 @contextlib.contextmanager

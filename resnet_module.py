@@ -282,13 +282,17 @@ class ResNetModule(LightningModule):
         else:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Returns the logits (N, num_classes), for callbacks to look at."""
         images, labels = batch
-        self._score(self(images), labels, self.val_metrics)
+        self._score(logits := self(images), labels, self.val_metrics)
+        return logits
 
-    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Returns the logits (N, num_classes), for callbacks to look at."""
         images, labels = batch
-        self._score(self(images), labels, self.test_metrics)
+        self._score(logits := self(images), labels, self.test_metrics)
+        return logits
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""

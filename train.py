@@ -1,36 +1,52 @@
-"""The command line: trains, validates, tests and applies a residual network on CIFAR.
+"""The command line: trains, validates, tests, applies and exports a residual network on CIFAR.
 
-    python train.py fit                 # 80 epochs on CIFAR-10; runs go to lightning_logs/
-    python train.py fit --ckpt last     # goes on with the newest run
-    python train.py test                # the best checkpoint of the newest run
-    python train.py fit --help          # every option
+    python train.py fit                         # 80 epochs on CIFAR-10; runs go to lightning_logs/
+    python train.py fit --ckpt last             # goes on with the newest run
+    python train.py test                        # the best checkpoint of the newest run
+    python train.py predict --images cat.jpg    # what it sees in your own images
+    python train.py export --output model.onnx  # a file that runs without this project
+    python train.py fit --help                  # every option
 
 Every option can also stand in a YAML file given with --config, as those in recipes/ do.
 """
 
-import copy
-import csv
+import datetime
+import hashlib
 import json
+import logging
+import platform
 import sys
 import time
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks import Throughput
+import report
+from callbacks import (
+    Pictures,
+    Progress,
+    Report,
+    SaveRun,
+    SayTimeOnCPU,
+    Throughput,
+    gpu_found,
+    say,
+    scalars,
+)
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
+from export import Pixels, check_output, export
 from resnet_module import ResNetModule
 
 LOGS = "lightning_logs"
@@ -46,6 +62,37 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "save_on_train_epoch_end": True,
     },
 }
+
+
+# No part of what a run is compared by.
+UNTOLD = ("_instantiator", "root", "eval_batch_size", "num_workers")
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer with a verb more."""
+
+    def export(
+        self,
+        model: ResNetModule,
+        datamodule: CIFARDataModule,
+        output: str = "model.onnx",
+        pixels: Pixels = "uint8",
+    ) -> None:
+        """Write the network to a file that runs without this project.
+
+        Args:
+            model: The trained network.
+            datamodule: The data that it was trained on.
+            output: The file: .onnx for ONNX Runtime and its like, .pt2 for torch.export.
+            pixels: What it takes: uint8 images, or float32 ones in [0, 1].
+        """
+        path = check_output(output)
+        difference = export(model, datamodule, path, pixels)
+        say(
+            f"Exported: {path}, {path.stat().st_size / 2**20:.1f} MiB: {pixels} images "
+            f"(N, 3, {datamodule.image_size}, {datamodule.image_size}) to probabilities of "
+            f"{len(model.class_names)} classes; at most {difference:.1e} from PyTorch on test images"
+        )
 
 
 class CLI(LightningCLI):
@@ -69,7 +116,40 @@ class CLI(LightningCLI):
             parser.add_lightning_class_args(ModelCheckpoint, name)
             parser.set_defaults({f"{name}.{k}": v for k, v in {**COMMON, **defaults}.items()})
         parser.add_lightning_class_args(CUDAGraphs, "cuda_graphs")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.add_lightning_class_args(Pictures, "pictures")
+        parser.link_arguments(
+            "data", "model.num_classes", compute_fn=self.count_classes, apply_on="instantiate"
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {"export": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # the report says it better
+        if subcommand == "predict":
+            parser.add_argument(
+                "--images",
+                type=str,
+                nargs="+",
+                help="Your own images: files, folders and patterns such as '*.png'. "
+                "Without any, the test images are predicted.",
+            )
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                help="Where the predictions of your own images are written, too: .csv or .json.",
+            )
+        return parser
+
+    def count_classes(self, data: CIFARDataModule) -> int:
+        """The number of logits: the checkpoint's, for its data need not be there."""
+        options = stored_options(self.content)["model"] if self.checkpoint else {}
+        return options.get("num_classes") or data.num_classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
@@ -101,7 +181,11 @@ class CLI(LightningCLI):
             say(f"Precision: {config.trainer.precision}, as in the run so far")
         # The checkpoint is no part of what is saved, and LightningCLI would read its options again,
         # over those given explicitly.
-        config.ckpt = config.ckpt_path = None
+        config.ckpt = None
+        if "ckpt_path" in config:
+            config.ckpt_path = None
+        if config.get("images"):
+            config.data.images = config.images
         if command == "fit" and self.checkpoint:
             self._check_resume(config)
 
@@ -146,15 +230,26 @@ class CLI(LightningCLI):
             fail(str(error))
         if self.checkpoint and is_network(self.content):
             self.model.load_network(self.content.get("state_dict", self.content), self.checkpoint)
+        elif self.subcommand == "export":
+            self.model.on_load_checkpoint(self.content)
+            self.model.load_state_dict(self.content["state_dict"])
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if self.checkpoint and not is_network(self.content):
+        if self.checkpoint and not is_network(self.content) and subcommand != "export":
             kwargs["ckpt_path"] = str(self.checkpoint)
         return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config[self.subcommand].trainer
+        callbacks = self.config_init[self.subcommand].trainer.callbacks or []
+        if config.enable_progress_bar is not False:
+            callbacks.append(Progress())
+        self.report = Report()
+        callbacks += (
+            [SayTimeOnCPU(), Throughput()] if self.subcommand == "fit" else [self.report]
+        )
+        kwargs["callbacks"] = callbacks
         if self.datamodule.val_size == 0 or config.limit_val_batches == 0:
             # Without validation the last is the best.
             self.config_init[self.subcommand].best_checkpoint.monitor = None
@@ -176,78 +271,153 @@ class CLI(LightningCLI):
                 say("No GPU found: running on the CPU")
         return super().instantiate_trainer(**kwargs)
 
-    def after_fit(self) -> None:
-        """Writes the run's entry in TensorBoard's HPARAMS and says where the best checkpoint is."""
-        best = self.config_init["fit"].best_checkpoint
-        score = best.best_model_score
-        if isinstance(self.trainer.logger, TensorBoardLogger):
-            last = self.trainer.callback_metrics.get("train/acc")
-            options = {**self.model.hparams, **self.datamodule.hparams}
-            options.pop("_instantiator")
-            self.trainer.logger.log_hyperparams(
-                options,
-                {"hp/train/acc": last} if score is None else {f"hp/best_{best.monitor}": score},
-            )
-            self.trainer.logger.finalize("success")  # once more: the entry is not lost
-        if best.best_model_path:
-            path = Path(best.best_model_path)
-            path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            accuracy = "" if score is None else f" ({best.monitor} {score:.4f})"
-            say(f"Best checkpoint: {path}{accuracy}. Test it: python train.py test --ckpt {path}")
+    def before_fit(self) -> None:
+        self.start = time.perf_counter()
 
-    def predict(self, **kwargs: Any) -> None:
-        """Writes predictions.csv beside the checkpoint: one line for each test image."""
+    def after_fit(self) -> None:
+        """Writes the run's entry in TensorBoard's HPARAMS and its curves; says how it went."""
+        if not self.trainer.is_global_zero:
+            return
+        minutes = (time.perf_counter() - self.start) / 60
+        best = self.config_init["fit"].best_checkpoint
+        epoch = 0
+        if best.best_model_path:
+            epoch = read_checkpoint(Path(best.best_model_path))["epoch"] + 1
+        score = best.best_model_score
+        logger = self.trainer.logger
+        if isinstance(logger, TensorBoardLogger):
+            last = self.trainer.callback_metrics.get("train/acc")
+            metrics = {"hp/train/acc": last}
+            if score is not None:
+                metrics = {f"hp/best_{best.monitor}": score, "hp/best_epoch": epoch}
+            logger.log_hyperparams(self._options_that_matter(), metrics)
+            logger.finalize("success")  # once more: the entry is not lost
+            curves = report.curves_figure(scalars(Path(logger.log_dir)))
+            report.write(Path(logger.log_dir) / "curves.png", report.as_png(curves))
+        if best.best_model_path:
+            path = shown(Path(best.best_model_path))
+            accuracy = "" if score is None else f" ({best.monitor} {score:.4f})"
+            say(
+                f"Trained for {minutes:.1f} min. Best checkpoint: {path}{accuracy}, after epoch "
+                f"{epoch}. Test it: python train.py test --ckpt {path}"
+            )
+        if isinstance(logger, TensorBoardLogger):
+            say(f"See the run: tensorboard --logdir {shown(Path(logger.save_dir) / logger.name)}")
+
+    def _options_that_matter(self) -> dict[str, Any]:
+        config = self.config["fit"]
+        options = {**self.model.hparams, **self.datamodule.hparams}
+        options = {name: value for name, value in options.items() if name not in UNTOLD}
+        return {
+            **options,
+            "epochs": config.trainer.max_epochs,
+            "precision": config.trainer.precision,
+            "seed": config.seed_everything,
+        }
+
+    def after_test(self) -> None:
+        self._write_report("test")
+
+    def after_validate(self) -> None:
+        self._write_report("val")
+
+    def _write_report(self, stage: str) -> None:
+        """Says how good the network is, and writes that beside the checkpoint."""
+        if not self.trainer.is_global_zero:
+            return
+        assert self.checkpoint is not None
+        (probabilities, labels), names = self.report.result, self.model.class_names
+        data = self.datamodule
+        images = (data.test_set if stage == "test" else data.val_set).images
+        numbers = report.summary(probabilities, labels, names)
+        loss = float(self.trainer.callback_metrics[f"{stage}/loss"])
+        content = {**self._circumstances(), "loss": loss, **numbers}
+        title = f"{data.dataset}, {stage}: accuracy {numbers['acc']:.2%}"
+        counts = report.confusions(probabilities, labels)
+        mistakes = report.mistakes_figure(
+            images, probabilities, labels, names, f"{title}, most confident mistakes"
+        )
+        prefix, folder = "" if stage == "test" else "validate_", self.checkpoint.parent
+        files = {
+            f"{prefix}predictions.csv": report.as_csv(
+                report.prediction_rows(probabilities, labels, names)
+            ),
+            f"{prefix}confusion_matrix.png": report.as_png(
+                report.confusion_figure(counts, names, title)
+            ),
+            f"{prefix}mistakes.png": report.as_png(mistakes),
+            "test.json" if stage == "test" else "validate.json": report.as_json(content),
+        }
+        for name, text in files.items():
+            report.write(folder / name, text)
+        report.show(stage, content)
+        say(f"Written to {shown(folder)}/: {', '.join(files)}")
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What a figure has to be read with."""
+        assert self.checkpoint is not None
+        data = self.datamodule
+        packages = ("torch", "torchvision", "lightning", "torchmetrics")
+        return {
+            "command": self.subcommand,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "checkpoint": {
+                "path": str(self.checkpoint),
+                "sha256": hashlib.sha256(self.checkpoint.read_bytes()).hexdigest(),
+            },
+            "data": {
+                "dataset": data.dataset,
+                "checksum": data.checksum,
+                "evaluation": data.evaluation,
+            },
+            "precision": self.trainer.precision,
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in packages},
+            },
+        }
+
+    def predict(self, images: Any = None, output: str | None = None, **kwargs: Any) -> None:
+        """Predicts one's own images, or writes predictions.csv: a line for each test image."""
         if self.trainer.world_size > 1:
             fail("predict writes one file, in one process: give --trainer.devices 1")
         assert self.checkpoint is not None
         batches: Any = self.trainer.predict(**kwargs)
-        probabilities = torch.cat(batches)
-        names, labels = self.datamodule.class_names, self.datamodule.test_set.labels
+        probabilities, data = torch.cat(batches), self.datamodule
+        if data.images is not None:
+            return self._say_predictions(probabilities)
         path = self.checkpoint.parent / "predictions.csv"
-        half_written = path.with_suffix(".tmp")
-        with half_written.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["index", "true", "predicted", "probability"])
-            # With limit_predict_batches there are fewer probabilities than labels.
-            for index, (label, row) in enumerate(zip(labels, probabilities, strict=False)):
-                top = int(row.argmax())
-                rows.writerow([index, names[label], names[top], f"{row[top]:.4f}"])
-        half_written.replace(path)
+        # With limit_predict_batches there are fewer probabilities than labels.
+        labels = data.test_set.labels[: len(probabilities)]
+        rows = report.prediction_rows(probabilities, labels, self.model.class_names)
+        report.write(path, report.as_csv(rows))
         say(f"Predictions: {path}")
 
-
-class SayTimeOnCPU(Callback):
-    """Says how long training will take where the CPU has to do it."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.device.type != "cpu":
-            return
-        seconds = seconds_per_step(trainer, pl_module) * trainer.num_training_batches
-        epochs = (trainer.max_epochs or 0) - trainer.current_epoch
-        total = f", {seconds * epochs / 60:.0f} min for {epochs} epochs" if epochs > 0 else ""
-        reason = "" if gpu_found() else "No GPU found: "
-        say(f"{reason}training on the CPU, about {seconds:.0f} s per epoch{total}")
-
-
-def seconds_per_step(trainer: Trainer, module: Any) -> float:
-    """Times forward and backward of a copy of the network, on a batch of noise."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    network = copy.deepcopy(module.network)
-    noise = torch.Generator().manual_seed(0)  # leaves the run's own random numbers alone
-    images = torch.rand(data.batch_size, 3, data.image_size, data.image_size, generator=noise)
-    images = trainer.precision_plugin.convert_input(images)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        with trainer.precision_plugin.forward_context():
-            loss = network(images).sum()
-        loss.backward()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    def _say_predictions(self, probabilities: torch.Tensor) -> None:
+        """Shows the predictions of one's own images; exits with 1 if a file could not be read."""
+        data, output = self.datamodule, self.config["predict"].output
+        rows = [
+            {"file": str(file), **best}
+            for file, best in zip(
+                data.files, report.ranking(probabilities, self.model.class_names), strict=False
+            )
+        ]
+        report.show_predictions(rows)
+        if output:
+            text = report.as_json(rows) if output.endswith(".json") else report.flat_csv(rows)
+            report.write(Path(output), text)
+            say(f"Written: {output}")
+        for remark in data.remarks:
+            print(f"note: {remark}", file=sys.stderr)
+        for reason in data.unreadable:
+            print(f"error: {reason}", file=sys.stderr)
+        if data.unreadable:
+            sys.exit(1)
 
 
-def gpu_found() -> bool:
-    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
+def shown(path: Path) -> Path:
+    """A path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def native_precision(accelerator: str | None) -> Literal["bf16-mixed", "32-true"]:
@@ -318,7 +488,7 @@ def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def flatten(options: dict[str, Any]) -> dict[str, Any]:
     """Parser defaults {"section.name": value}, without what the parser itself derives."""
-    derived = ("model._instantiator", "data._instantiator", "model.num_classes")
+    derived = ("model._instantiator", "data._instantiator", "model.num_classes", "data.images")
     flat = {
         f"{section}.{name}": value
         for section, values in options.items()
@@ -327,11 +497,6 @@ def flatten(options: dict[str, Any]) -> dict[str, Any]:
     }
     plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
     return {name: value for name, value in {**flat, **plain}.items() if name not in derived}
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def fail(message: str, exit_code: int = 2) -> NoReturn:
@@ -347,15 +512,19 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*training_step. returned .None.*")  # of CUDAGraphs
     warnings.filterwarnings("ignore", ".*not supported by the model summary.*")  # bf16-mixed
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
+    warnings.filterwarnings("ignore", ".*torch.jit.trace.*")  # what draws TensorBoard's graph
+    lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning_log.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advert
     try:
         CLI(
             ResNetModule,
             CIFARDataModule,
+            SaveRun,
+            trainer_class=Trainer,
             trainer_defaults={
                 "accelerator": "gpu",
                 "max_epochs": 80,
                 "log_every_n_steps": 10,
-                "callbacks": [SayTimeOnCPU(), Throughput()],
             },
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
