@@ -5,7 +5,6 @@ import datetime
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,30 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from report import Predictions, confusion_figure, confusions, gallery, mistakes_figure
+from report import (
+    Predictions,
+    as_png,
+    confusion_figure,
+    confusions,
+    curves_figure,
+    gallery,
+    mistakes_figure,
+    write,
+)
 
-SHOWN = 50  # images of the augmented batch
+SHOWN = 40  # images of the augmented batch
+# TensorBoard's custom scalars: what belongs together, in one chart.
+CHARTS = {
+    "training and validation": {
+        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
+        "accuracy": ["Multiline", ["^train/acc$", "^val/acc$"]],
+    },
+    "validation accuracy": {"of each class": ["Multiline", ["^val_class/"]]},
+    "optimisation": {
+        "learning rate": ["Multiline", ["^lr$"]],
+        "images per second": ["Multiline", ["^images_per_second$"]],
+    },
+}
 
 
 class SayTimeOnCPU(Callback):
@@ -40,19 +60,23 @@ class SayTimeOnCPU(Callback):
 class Throughput(Callback):
     """Logs `images_per_second` for each epoch: in training, validation apart, by all processes."""
 
+    whole = False  # an epoch that goes on after an interruption isn't
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds, self.start = 0.0, now(pl_module.device)
+        self.seconds, self.start, self.whole = 0.0, now(pl_module.device), True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self.whole:
             self.seconds += now(pl_module.device) - self.start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start = now(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds += now(pl_module.device) - self.start
-        pl_module.log("images_per_second", images_per_epoch(trainer) / self.seconds)
+        if self.whole:
+            self.seconds += now(pl_module.device) - self.start
+            pl_module.log("images_per_second", images_seen(trainer) / self.seconds)
+        self.whole = False
 
 
 class Progress(TQDMProgressBar):
@@ -92,12 +116,12 @@ class Progress(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        shown = {name: metrics[name] for name in ("loss", "train/acc", "val/acc") if name in metrics}
+        wanted = ("loss", "train/acc", "val/acc")
+        shown: dict[str, Any] = {name: metrics[name] for name in wanted if name in metrics}
         if trainer.sanity_checking or not trainer.training:
             return shown
-        done = trainer.current_epoch - self.epochs_before
-        done += trainer.fit_loop.batch_idx / trainer.num_training_batches
-        left = self.time_left(trainer, done)
+        done = trainer.fit_loop.batch_idx / trainer.num_training_batches
+        left = self.time_left(trainer, trainer.current_epoch - self.epochs_before + done)
         return shown | ({"left": left} if left else {})
 
     def time_left(self, trainer: Trainer, epochs_done: float) -> str:
@@ -144,14 +168,21 @@ class Report(Callback):
     def __init__(self) -> None:
         self.predictions = Predictions()
 
-    def collect(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *index: int) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
+    ) -> None:
         self.predictions.update(outputs, batch[1])
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
+    ) -> None:
+        self.predictions.update(outputs, batch[1])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = self.predictions.compute()
 
-    on_validation_batch_end = on_test_batch_end = collect
-    on_validation_epoch_end = on_test_epoch_end = finish
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.result = self.predictions.compute()
 
 
 class Pictures(Callback):
@@ -159,7 +190,7 @@ class Pictures(Callback):
 
     At the start an augmented batch and the network's graph; after each validation the accuracy of
     each class (`val_class/NAME`); every few epochs, and at the end, the validation's confusion
-    matrix and its most confident mistakes.
+    matrix and its most confident mistakes; at the end curves.png, in the run's folder.
 
     Args:
         every_n_epochs: Epochs from one drawing to the next. One that is due is left out if drawing
@@ -175,6 +206,7 @@ class Pictures(Callback):
         if every_n_epochs < 0:
             raise ValueError(f"pictures.every_n_epochs is {every_n_epochs}: it must be 0 or more")
         self.every_n_epochs = every_n_epochs
+        self.active = False
         self.predictions = Predictions()
         self.seconds = 0.0  # that drawing has taken
         self.waiting: tuple[Tensor, Tensor] | None = None  # predictions not drawn yet
@@ -189,14 +221,14 @@ class Pictures(Callback):
         start = time.perf_counter()
         names = class_names(pl_module)
         writer = trainer.logger.experiment  # type: ignore[union-attr]
-        writer.add_custom_scalars(charts(names))
+        writer.add_custom_scalars(CHARTS)
         images, labels = augmented_batch(trainer)
         captions = [names[label] for label in labels]
         title = f"Training images as the network sees them in epoch {trainer.current_epoch + 1}"
         figure = gallery(images.cpu(), captions, title)
         writer.add_figure("augmented batch", figure, trainer.current_epoch)
         side = images.shape[-1]
-        network = copy.deepcopy(pl_module.network).cpu().float().eval()  # type: ignore[union-attr,operator]
+        network = copy.deepcopy(pl_module.network).cpu().float().eval()  # type: ignore[union-attr]
         writer.add_graph(network, torch.zeros(1, 3, side, side))
         self.seconds += time.perf_counter() - start
 
@@ -204,13 +236,7 @@ class Pictures(Callback):
         self.predictions.reset()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
     ) -> None:
         if self.active and not trainer.sanity_checking:
             self.predictions.update(outputs, batch[1])
@@ -229,9 +255,14 @@ class Pictures(Callback):
         if due and self.seconds < self.SHARE * (time.perf_counter() - self.start):
             self.draw(trainer, pl_module, trainer.current_epoch + 1)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.waiting:
             self.draw(trainer, pl_module, trainer.current_epoch)
+        if self.active and trainer.is_global_zero:
+            assert isinstance(trainer.logger, TensorBoardLogger)
+            trainer.logger.experiment.flush()
+            folder = Path(trainer.logger.log_dir)
+            write(folder / "curves.png", as_png(curves_figure(scalars(folder))))
 
     @rank_zero_only
     def draw(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
@@ -260,30 +291,14 @@ class SaveRun(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.logger, TensorBoardLogger):
             config = self.parser.dump(self.config, skip_none=False)
-            text = f"    {shlex.join(['python', *sys.argv])}\n\nwith all its options, as in config.yaml:\n\n"
+            command = shlex.join(["python", *sys.argv])
+            text = f"    {command}\n\nwith all its options, as in config.yaml:\n\n"
             text += "".join(f"    {line}\n" for line in config.splitlines())
             trainer.logger.experiment.add_text("run", text, trainer.current_epoch)
 
 
 def class_names(module: Any) -> list[str]:
     return list(module.class_names)
-
-
-def charts(names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars: what belongs together, in one chart."""
-    return {
-        "training and validation": {
-            "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
-            "accuracy": ["Multiline", ["^train/acc$", "^val/acc$"]],
-        },
-        "validation accuracy": {
-            "of each class": ["Multiline", ["^val_class/"]],
-        },
-        "optimisation": {
-            "learning rate": ["Multiline", ["^lr$"]],
-            "images per second": ["Multiline", ["^images_per_second$"]],
-        },
-    }
 
 
 def scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -331,11 +346,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def images_per_epoch(trainer: Trainer) -> int:
-    """Training images that an epoch shows, in all processes."""
+def images_seen(trainer: Trainer) -> int:
+    """Training images that the epoch so far has shown, in all processes."""
     loader: Any = trainer.train_dataloader
-    shown = min(trainer.num_training_batches * loader.batch_size, len(loader.sampler))
-    return int(shown) * trainer.world_size
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    return int(min(batches * loader.batch_size, len(loader.sampler))) * trainer.world_size
 
 
 def gpu_found() -> bool:

@@ -229,9 +229,9 @@ class CIFARDataModule(LightningDataModule):
             images, labels, self.class_names = load_folder(
                 Path(self.dataset), train, self.image_size, self.num_workers
             )
-        digest = hashlib.sha256(images.permute(0, 2, 3, 1).contiguous().numpy())
-        digest.update(labels.numpy())
-        self.checksum = f"sha256:{digest.hexdigest()}"
+        pixels = images.permute(0, 2, 3, 1).contiguous()
+        content = [part.numpy().data for part in (pixels, labels)]
+        self.checksum = f"sha256:{hashlib.sha256(b''.join(content)).hexdigest()}"
         return resize(images, self.image_size), labels
 
     def _read(self, names: Sequence[str]) -> Labelled:
@@ -497,7 +497,9 @@ def read_image(path: str | Path) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, np.float64)
         # What is deeper than 8 bits counts as 16 of them; floats within [0, 1] as that range.
-        scale = 1 / 257 if levels.max() > 255 else 255 if image.mode == "F" and levels.max() <= 1 else 1
+        scale = (
+            1 / 257 if levels.max() > 255 else 255 if image.mode == "F" and levels.max() <= 1 else 1
+        )
         image = Image.fromarray((levels * scale).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -519,7 +521,11 @@ def image_files(names: Sequence[str]) -> tuple[list[Path], list[str]]:
             visible = [f for f in inside if not any(part.startswith(".") for part in f.parts)]
             found = [path / file for file in sorted(visible)]
         else:
-            found = [path] if path.is_file() else [Path(f) for f in sorted(glob.glob(name, recursive=True))]
+            found = (
+                [path]
+                if path.is_file()
+                else [Path(f) for f in sorted(glob.glob(name, recursive=True))]
+            )
         files |= dict.fromkeys(found)
         if not found:
             missing.append(f"{name}: there is no such file" + (" in it" if path.is_dir() else ""))

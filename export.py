@@ -34,6 +34,8 @@ class Zoom(nn.Module):
     products of matrices, in float32 exact, for all sums stay below 2^24.
     """
 
+    weights: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         identity = torch.eye(size, dtype=torch.float64)[None]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 BINS = 15  # of confidence, for the calibration error: as in Guo et al. 2017
 MOST_CONFUSED = 3  # pairs that the report names
-MISTAKES = 25  # images in a gallery
+MISTAKES = 24  # images in a gallery
+COLUMNS = 8  # of a gallery
 
 
 class Predictions(Metric):
@@ -158,7 +159,7 @@ def confusion_figure(counts: Tensor, names: Sequence[str], title: str) -> "Figur
     axes = figure.add_subplot()
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     percent = (shares * 100).round()
-    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
     for cell, value in enumerate([] if many else percent.flatten().tolist()):
         row, column = divmod(cell, len(names))
         colour = "white" if value > 50 else "black" if value else "lightgrey"
@@ -195,24 +196,23 @@ def mistakes_figure(
 
 
 def gallery(images: Tensor, captions: Sequence[str], title: str) -> "Figure":
-    """Draws images (N, 3, H, W) uint8 in rows of at most ten, a caption of two lines under each."""
+    """Draws images (N, 3, H, W) uint8 in rows of eight, a caption of two lines under each."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
     side, caption = images.shape[-1], math.ceil(images.shape[-1] * 0.4)
-    columns = min(10, max(1, math.isqrt(len(images))))
-    rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(1.15 * columns, 1.6 * rows + 0.4), dpi=100, layout="constrained")
+    rows = max(1, math.ceil(len(images) / COLUMNS))
+    figure = Figure(figsize=(1.15 * COLUMNS, 1.6 * rows + 0.4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_title(title, fontsize=10)
     if len(images):
         gap = side // 8
         tiles = F.pad(images, (0, 0, 0, caption), value=255)
-        grid = make_grid(tiles, columns, padding=gap, pad_value=255)
-        axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        grid = make_grid(tiles, COLUMNS, padding=gap, pad_value=255)
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         for index, text in enumerate(captions):
-            row, column = divmod(index, columns)
+            row, column = divmod(index, COLUMNS)
             x = gap + column * (side + gap) + side / 2
             y = gap + row * (side + caption + gap) + side * 1.03
             axes.text(x, y, text, ha="center", va="top", fontsize=7, linespacing=1.1)
@@ -241,6 +241,48 @@ def curves_figure(curves: dict[str, list[tuple[int, float]]]) -> "Figure":
         if axes.lines:
             axes.legend(frameon=False)
     return figure
+
+
+def write_all(
+    folder: Path,
+    stage: str,
+    images: Tensor,
+    probabilities: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    circumstances: dict[str, Any],
+) -> list[str]:
+    """Prints the report and writes its files into a folder.
+
+    Args:
+        folder: Where they go; those of an earlier report are replaced.
+        stage: `test` or `val`, whose files are named differently.
+        images: (N, 3, H, W) uint8, as the network saw them.
+        probabilities: (N, C).
+        labels: (N,).
+        names: Of the C classes.
+        circumstances: What else test.json is to say, the loss included.
+
+    Returns:
+        The names of the files.
+    """
+    content = {**circumstances, **summary(probabilities, labels, names)}
+    show(stage, content)
+    title = f"{stage}/acc {content['acc']:.4f} on {len(labels):,} images"
+    matrix = confusion_figure(confusions(probabilities, labels), names, title)
+    mistakes = mistakes_figure(
+        images, probabilities, labels, names, f"{title}: the most confident mistakes"
+    )
+    prefix, report = ("", "test.json") if stage == "test" else ("validate_", "validate.json")
+    files: dict[str, bytes | str] = {
+        f"{prefix}predictions.csv": as_csv(prediction_rows(probabilities, labels, names)),
+        f"{prefix}confusion_matrix.png": as_png(matrix),
+        f"{prefix}mistakes.png": as_png(mistakes),
+        report: as_json(content),  # the last: where it is, the others are
+    }
+    for name, file in files.items():
+        write(folder / name, file)
+    return list(files)
 
 
 def show(stage: str, content: dict[str, Any]) -> None:

@@ -42,7 +42,6 @@ from callbacks import (
     Throughput,
     gpu_found,
     say,
-    scalars,
 )
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
@@ -65,7 +64,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 
 # No part of what a run is compared by.
-UNTOLD = ("_instantiator", "root", "eval_batch_size", "num_workers")
+UNTOLD = ("root", "eval_batch_size", "num_workers", "images", "seed", "num_classes")
 
 
 class Trainer(LightningTrainer):
@@ -91,7 +90,8 @@ class Trainer(LightningTrainer):
         say(
             f"Exported: {path}, {path.stat().st_size / 2**20:.1f} MiB: {pixels} images "
             f"(N, 3, {datamodule.image_size}, {datamodule.image_size}) to probabilities of "
-            f"{len(model.class_names)} classes; at most {difference:.1e} from PyTorch on test images"
+            f"{len(model.class_names)} classes. From PyTorch, on test images, it differs by "
+            f"{difference:.1e} at most."
         )
 
 
@@ -240,15 +240,13 @@ class CLI(LightningCLI):
             kwargs["ckpt_path"] = str(self.checkpoint)
         return kwargs
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         config = self.config[self.subcommand].trainer
         callbacks = self.config_init[self.subcommand].trainer.callbacks or []
         if config.enable_progress_bar is not False:
             callbacks.append(Progress())
         self.report = Report()
-        callbacks += (
-            [SayTimeOnCPU(), Throughput()] if self.subcommand == "fit" else [self.report]
-        )
+        callbacks += [SayTimeOnCPU(), Throughput()] if self.subcommand == "fit" else [self.report]
         kwargs["callbacks"] = callbacks
         if self.datamodule.val_size == 0 or config.limit_val_batches == 0:
             # Without validation the last is the best.
@@ -275,7 +273,7 @@ class CLI(LightningCLI):
         self.start = time.perf_counter()
 
     def after_fit(self) -> None:
-        """Writes the run's entry in TensorBoard's HPARAMS and its curves; says how it went."""
+        """Writes the run's entry in TensorBoard's HPARAMS, and says how it went."""
         if not self.trainer.is_global_zero:
             return
         minutes = (time.perf_counter() - self.start) / 60
@@ -287,13 +285,11 @@ class CLI(LightningCLI):
         logger = self.trainer.logger
         if isinstance(logger, TensorBoardLogger):
             last = self.trainer.callback_metrics.get("train/acc")
-            metrics = {"hp/train/acc": last}
+            metrics: dict[str, Any] = {"hp/train/acc": last}
             if score is not None:
                 metrics = {f"hp/best_{best.monitor}": score, "hp/best_epoch": epoch}
             logger.log_hyperparams(self._options_that_matter(), metrics)
             logger.finalize("success")  # once more: the entry is not lost
-            curves = report.curves_figure(scalars(Path(logger.log_dir)))
-            report.write(Path(logger.log_dir) / "curves.png", report.as_png(curves))
         if best.best_model_path:
             path = shown(Path(best.best_model_path))
             accuracy = "" if score is None else f" ({best.monitor} {score:.4f})"
@@ -305,11 +301,19 @@ class CLI(LightningCLI):
             say(f"See the run: tensorboard --logdir {shown(Path(logger.save_dir) / logger.name)}")
 
     def _options_that_matter(self) -> dict[str, Any]:
+        """What runs are compared by: no folders, no loaders, and optimizers in one word."""
         config = self.config["fit"]
-        options = {**self.model.hparams, **self.datamodule.hparams}
-        options = {name: value for name, value in options.items() if name not in UNTOLD}
+        options = {
+            name: value
+            for section in (config.data, config.model)
+            for name, value in vars(section).items()
+            if name not in UNTOLD
+        }
+        for name in ("optimizer", "lr_scheduler"):
+            options[name] = in_one_word(options[name])
         return {
             **options,
+            "lr": self.trainer.optimizers[0].defaults["lr"],
             "epochs": config.trainer.max_epochs,
             "precision": config.trainer.precision,
             "seed": config.seed_everything,
@@ -326,32 +330,16 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         assert self.checkpoint is not None
-        (probabilities, labels), names = self.report.result, self.model.class_names
-        data = self.datamodule
-        images = (data.test_set if stage == "test" else data.val_set).images
-        numbers = report.summary(probabilities, labels, names)
-        loss = float(self.trainer.callback_metrics[f"{stage}/loss"])
-        content = {**self._circumstances(), "loss": loss, **numbers}
-        title = f"{data.dataset}, {stage}: accuracy {numbers['acc']:.2%}"
-        counts = report.confusions(probabilities, labels)
-        mistakes = report.mistakes_figure(
-            images, probabilities, labels, names, f"{title}, most confident mistakes"
+        data, metrics = self.datamodule, self.trainer.callback_metrics
+        files = report.write_all(
+            self.checkpoint.parent,
+            stage,
+            (data.test_set if stage == "test" else data.val_set).images,
+            *self.report.result,
+            self.model.class_names,
+            {**self._circumstances(), "loss": float(metrics[f"{stage}/loss"])},
         )
-        prefix, folder = "" if stage == "test" else "validate_", self.checkpoint.parent
-        files = {
-            f"{prefix}predictions.csv": report.as_csv(
-                report.prediction_rows(probabilities, labels, names)
-            ),
-            f"{prefix}confusion_matrix.png": report.as_png(
-                report.confusion_figure(counts, names, title)
-            ),
-            f"{prefix}mistakes.png": report.as_png(mistakes),
-            "test.json" if stage == "test" else "validate.json": report.as_json(content),
-        }
-        for name, text in files.items():
-            report.write(folder / name, text)
-        report.show(stage, content)
-        say(f"Written to {shown(folder)}/: {', '.join(files)}")
+        say(f"Written to {shown(self.checkpoint.parent)}/: {', '.join(files)}")
 
     def _circumstances(self) -> dict[str, Any]:
         """What a figure has to be read with."""
@@ -413,6 +401,18 @@ class CLI(LightningCLI):
             print(f"error: {reason}", file=sys.stderr)
         if data.unreadable:
             sys.exit(1)
+
+
+def in_one_word(choice: Any) -> str:
+    """`StepLR(step_size=20, gamma=0.33)` for the configuration of a scheduler or an optimizer."""
+    if choice is None:
+        return "none"
+    listed = ", ".join(
+        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in choice.get("init_args", {}).items()
+        if value not in (None, False) and name != "last_epoch"
+    )
+    return f"{choice['class_path'].split('.')[-1]}({listed})"
 
 
 def shown(path: Path) -> Path:

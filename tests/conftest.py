@@ -110,7 +110,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.chdir(tmp_path)
 
     def command(*args: str) -> Outcome:
-        quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        quiet = [
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            "--pictures.every_n_epochs=0",
+        ]
         code = 0
         capfd.readouterr()
         try:
