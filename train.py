@@ -184,8 +184,15 @@ class CLI(LightningCLI):
         config.ckpt = None
         if "ckpt_path" in config:
             config.ckpt_path = None
-        if config.get("images"):
-            config.data.images = config.images
+        if command == "predict":
+            config.data.images = config.images or config.data.images
+            if config.output:
+                check_table(config.output, config.data.images)
+        if command == "export":
+            try:
+                check_output(config.output)
+            except ValueError as error:
+                fail(str(error))
         if command == "fit" and self.checkpoint:
             self._check_resume(config)
 
@@ -401,6 +408,17 @@ class CLI(LightningCLI):
             print(f"error: {reason}", file=sys.stderr)
         if data.unreadable:
             sys.exit(1)
+
+
+def check_table(output: str, images: list[str] | None) -> None:
+    """Refuses what predictions cannot be written to, before they are made."""
+    path = Path(output)
+    if path.suffix not in (".csv", ".json"):
+        fail(f"output is {output!r}: its ending must be .csv or .json")
+    if not path.parent.is_dir():
+        fail(f"output is {output!r}: there is no folder {str(path.parent)!r}")
+    if not images:
+        fail(f"output is {output!r}, but there are no images: give --images")
 
 
 def in_one_word(choice: Any) -> str:

@@ -1,8 +1,11 @@
 """What the tests share: small data sets in CIFAR's own format, and the command line in-process."""
 
+import contextlib
 import hashlib
+import io
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import warnings
@@ -127,6 +130,41 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         return Outcome(code, out, err)
 
     return command
+
+
+@dataclass
+class DigitsRun:
+    """A finished `fit` of a tiny network on the digits, pictures included."""
+
+    folder: Path  # lightning_logs/version_0
+    command: list[str]
+    out: str
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DigitsRun]:
+    """Trained once, for tests that only look: what they write belongs into their own folder."""
+    folder = tmp_path_factory.mktemp("digits")
+    command = ["train.py", "fit", *SMALL_DIGITS, "--trainer.max_epochs=3", "--data.batch_size=50"]
+    before, out = dict(os.environ), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", command)
+        with warnings.catch_warnings():
+            train.main()
+    os.environ.clear()
+    os.environ.update(before)
+    yield DigitsRun(folder / "lightning_logs" / "version_0", command, out.getvalue())
+
+
+@pytest.fixture
+def best(digits_run: DigitsRun, tmp_path: Path) -> Path:
+    """A copy of its best checkpoint, in a folder of the test's own."""
+    return Path(shutil.copy(digits_run.best, tmp_path / "best.ckpt"))
 
 
 @pytest.fixture(autouse=True)
