@@ -28,7 +28,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -250,7 +250,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         config = self.config[self.subcommand].trainer
         callbacks = self.config_init[self.subcommand].trainer.callbacks or []
-        if config.enable_progress_bar is not False:
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if config.enable_progress_bar is not False and not own_bar:
             callbacks.append(Progress())
         self.report = Report()
         callbacks += [SayTimeOnCPU(), Throughput()] if self.subcommand == "fit" else [self.report]

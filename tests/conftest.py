@@ -146,7 +146,7 @@ class DigitsRun:
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DigitsRun]:
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> DigitsRun:
     """Trained once, for tests that only look: what they write belongs into their own folder."""
     folder = tmp_path_factory.mktemp("digits")
     command = ["train.py", "fit", *SMALL_DIGITS, "--trainer.max_epochs=3", "--data.batch_size=50"]
@@ -158,7 +158,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DigitsRun]:
             train.main()
     os.environ.clear()
     os.environ.update(before)
-    yield DigitsRun(folder / "lightning_logs" / "version_0", command, out.getvalue())
+    return DigitsRun(folder / "lightning_logs" / "version_0", command, out.getvalue())
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL_DIGITS, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim import SGD, Adam, RMSprop
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
@@ -122,6 +124,19 @@ def each_step(optimizer: Any) -> StepLR:
 
 def each_epoch(optimizer: Any) -> StepLR:
     return StepLR(optimizer, 1, gamma=0.5)
+
+
+def test_what_one_sees_of_a_run_does_not_slow_it_down(run: Run, stand_in: type[StandIn]) -> None:
+    options = ["--trainer.enable_progress_bar=true", "--pictures.every_n_epochs=1"]
+    options += ["--data.batch_size=50", "--trainer.max_epochs=2", "--trainer.precision=64-true"]
+    outcome = run("fit", *SMALL_DIGITS, *options, "--cuda_graphs.steps=5")
+    assert outcome.code == 0, outcome.err
+    assert "step by step" not in outcome.out
+    assert stand_in.recordings == 1
+    events = EventAccumulator("lightning_logs/version_0").Reload()
+    assert set(events.Tags()["images"]) > {"augmented batch", "val/mistakes"}
+    assert [point.step for point in events.Scalars("images_per_second")] == [1, 2]
+    assert "Epoch 2/2  train/loss" in outcome.out
 
 
 @pytest.mark.parametrize(
