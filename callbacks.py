@@ -209,7 +209,8 @@ class Pictures(Callback):
         self.active = False
         self.predictions = Predictions()
         self.seconds = 0.0  # that drawing has taken
-        self.waiting: tuple[Tensor, Tensor] | None = None  # predictions not drawn yet
+        # Epoch, probabilities and labels of a validation that is not drawn yet.
+        self.waiting: tuple[int, Tensor, Tensor] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start, self.seconds, self.waiting = time.perf_counter(), 0.0, None
@@ -244,20 +245,25 @@ class Pictures(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.active or trainer.sanity_checking:
             return
-        self.waiting = probabilities, labels = self.predictions.compute()
-        names = class_names(pl_module)
+        epoch = trainer.current_epoch + 1
+        probabilities, labels = self.predictions.compute()
+        self.waiting = epoch, probabilities, labels
         counts = confusions(probabilities, labels)
-        recalls = counts.diag() / counts.sum(dim=1)
-        pl_module.log_dict(
-            {f"val_class/{name}": recall for name, recall in zip(names, recalls, strict=True)}
-        )
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and self.seconds < self.SHARE * (time.perf_counter() - self.start):
-            self.draw(trainer, pl_module, trainer.current_epoch + 1)
+        accuracies = {
+            f"val_class/{name}": right / images
+            for name, right, images in zip(
+                class_names(pl_module), counts.diag(), counts.sum(dim=1), strict=True
+            )
+            if images
+        }
+        pl_module.log_dict(accuracies, sync_dist=True)
+        share = self.seconds / (time.perf_counter() - self.start)
+        if epoch % self.every_n_epochs == 0 and share < self.SHARE:
+            self.draw(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.waiting:
-            self.draw(trainer, pl_module, trainer.current_epoch)
+            self.draw(trainer, pl_module)
         if self.active and trainer.is_global_zero:
             assert isinstance(trainer.logger, TensorBoardLogger)
             trainer.logger.experiment.flush()
@@ -265,11 +271,11 @@ class Pictures(Callback):
             write(folder / "curves.png", as_png(curves_figure(scalars(folder))))
 
     @rank_zero_only
-    def draw(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
-        """Draws the latest validation's pictures, under this epoch."""
+    def draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the latest validation's pictures."""
         assert self.waiting is not None
         start = time.perf_counter()
-        (probabilities, labels), self.waiting = self.waiting, None
+        (epoch, probabilities, labels), self.waiting = self.waiting, None
         names = class_names(pl_module)
         images = trainer.datamodule.val_set.images  # type: ignore[attr-defined]
         accuracy = (probabilities.argmax(dim=1) == labels).float().mean()

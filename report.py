@@ -227,6 +227,7 @@ def curves_figure(curves: dict[str, list[tuple[int, float]]]) -> "Figure":
             there are any.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
     for axes, name, label in zip(
@@ -236,6 +237,7 @@ def curves_figure(curves: dict[str, list[tuple[int, float]]]) -> "Figure":
             if points := curves.get(f"{stage}/{name}"):
                 axes.plot(*zip(*points, strict=True), label=long_name, marker=".", markersize=4)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if axes.lines:

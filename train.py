@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -42,6 +42,14 @@ from callbacks import (
     Throughput,
     gpu_found,
     say,
+)
+from checkpoints import (
+    fail,
+    find_checkpoint,
+    flatten,
+    is_network,
+    read_checkpoint,
+    stored_options,
 )
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
@@ -171,13 +179,17 @@ class CLI(LightningCLI):
             root = Path(options.get("trainer.default_root_dir") or ".")
             self._take_options(find_checkpoint(name, command, root / LOGS), command)
         super().parse_arguments(parser, args)
-        config = self.config[command]
+        self._settle(self.config[command], command, "trainer.precision" in options)
+        self._check(self.config[command], command)
+
+    def _settle(self, config: Any, command: str, precision_given: bool) -> None:
+        """Decides what the options leave open."""
         if self.accelerator is None:
             config.trainer.accelerator = "auto"  # as printed: what is saved holds on any machine
         if config.trainer.precision is None and not config.trainer.plugins:
             config.trainer.precision = native_precision(self.accelerator)
             say(f"Precision: {config.trainer.precision}, by what the hardware computes natively")
-        elif command == "fit" and self.checkpoint and "trainer.precision" not in options:
+        elif command == "fit" and self.checkpoint and not precision_given:
             say(f"Precision: {config.trainer.precision}, as in the run so far")
         # The checkpoint is no part of what is saved, and LightningCLI would read its options again,
         # over those given explicitly.
@@ -186,15 +198,18 @@ class CLI(LightningCLI):
             config.ckpt_path = None
         if command == "predict":
             config.data.images = config.images or config.data.images
-            if config.output:
-                check_table(config.output, config.data.images)
+
+    def _check(self, config: Any, command: str) -> None:
+        """Refuses what cannot be done, before anything is."""
+        if command == "fit" and self.checkpoint:
+            self._check_resume(config)
+        if command == "predict" and config.output:
+            check_table(config.output, config.data.images)
         if command == "export":
             try:
                 check_output(config.output)
             except ValueError as error:
                 fail(str(error))
-        if command == "fit" and self.checkpoint:
-            self._check_resume(config)
 
     def _take_options(self, checkpoint: Path, command: str) -> None:
         """Makes the options of a checkpoint, and of its run for fit, the parser's defaults."""
@@ -450,77 +465,6 @@ def native_precision(accelerator: str | None) -> Literal["bf16-mixed", "32-true"
         features: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return "bf16-mixed" if bf16 else "32-true"
-
-
-def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
-    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it."""
-    if name in (None, "auto"):
-        name = "last" if command == "fit" else "best"
-    if name not in ("best", "last"):
-        path = Path(str(name))
-        return path if path.is_file() else fail(f"ckpt is {name!r}: there is no such file")
-    found = list(logs.glob(f"*/checkpoints/{name}.ckpt"))
-    if not found:
-        fail(
-            f"no run in {logs}/ has a {name}.ckpt: "
-            "train one with python train.py fit, or give --ckpt PATH"
-        )
-    return max(found, key=lambda path: (version_number(path), path.stat().st_mtime))
-
-
-def version_number(checkpoint: Path) -> int:
-    """N for a checkpoint of the run version_N, -1 for a run of another name."""
-    number = checkpoint.parents[1].name.removeprefix("version_")
-    return int(number) if number.isdecimal() else -1
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint of this project, or a bare network's state_dict, holds."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes fail in any way
-        fail(f"{path} is no checkpoint, or holds more than plain data ({type(error).__name__})")
-    if not isinstance(content, dict):
-        fail(f"{path} holds a {type(content).__name__}, not a checkpoint or a state_dict")
-    if "pytorch-lightning_version" in content and "class_names" not in content:
-        fail(f"{path} is a checkpoint of another project")
-    return content
-
-
-def is_network(checkpoint: dict[str, Any]) -> bool:
-    """Whether this is a bare network's state_dict, as it is or under that name."""
-    return "pytorch-lightning_version" not in checkpoint
-
-
-def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The options that a checkpoint was trained with, by section.
-
-    A bare network has none: it is taken to be one that was trained on [0, 1].
-    """
-    if is_network(checkpoint):
-        return {"model": {"normalize": False}}
-    return {
-        "model": checkpoint["hyper_parameters"],
-        "data": checkpoint.get("datamodule_hyper_parameters", {}),
-    }
-
-
-def flatten(options: dict[str, Any]) -> dict[str, Any]:
-    """Parser defaults {"section.name": value}, without what the parser itself derives."""
-    derived = ("model._instantiator", "data._instantiator", "model.num_classes", "data.images")
-    flat = {
-        f"{section}.{name}": value
-        for section, values in options.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-    }
-    plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
-    return {name: value for name, value in {**flat, **plain}.items() if name not in derived}
-
-
-def fail(message: str, exit_code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(exit_code)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def test_predictions_of_several_processes_come_in_the_order_of_the_data(
     whole = report.Predictions()
     whole.update(logits[:4], labels[:4])
     whole.update(logits[4:], labels[4:])
-    assert torch.equal(whole.compute()[0], logits.softmax(dim=1))
+    torch.testing.assert_close(whole.compute()[0], logits.softmax(dim=1))
     assert torch.equal(whole.compute()[1], labels)
 
     parts = []
@@ -108,7 +108,7 @@ def test_predictions_of_several_processes_come_in_the_order_of_the_data(
     for name in ("probabilities", "labels", "positions"):  # as torchmetrics gathers states
         setattr(gathered, name, torch.cat([torch.cat(getattr(part, name)) for part in parts]))
     gathered._update_count = 1
-    assert torch.equal(gathered.compute()[0], logits.softmax(dim=1))
+    torch.testing.assert_close(gathered.compute()[0], logits.softmax(dim=1))
     assert torch.equal(gathered.compute()[1], labels)
 
 

@@ -1,0 +1,82 @@
+"""Checkpoints: which one is meant, what it holds, and the options that it brings.
+
+A checkpoint is a whole one of this project, or a bare network: a state_dict, as it is or under that
+name.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+
+def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
+    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it."""
+    if name in (None, "auto"):
+        name = "last" if command == "fit" else "best"
+    if name not in ("best", "last"):
+        path = Path(str(name))
+        return path if path.is_file() else fail(f"ckpt is {name!r}: there is no such file")
+    found = list(logs.glob(f"*/checkpoints/{name}.ckpt"))
+    if not found:
+        fail(
+            f"no run in {logs}/ has a {name}.ckpt: "
+            "train one with python train.py fit, or give --ckpt PATH"
+        )
+    return max(found, key=lambda path: (version_number(path), path.stat().st_mtime))
+
+
+def version_number(checkpoint: Path) -> int:
+    """N for a checkpoint of the run version_N, -1 for a run of another name."""
+    number = checkpoint.parents[1].name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of this project, or a bare network's state_dict, holds."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes fail in any way
+        fail(f"{path} is no checkpoint, or holds more than plain data ({type(error).__name__})")
+    if not isinstance(content, dict):
+        fail(f"{path} holds a {type(content).__name__}, not a checkpoint or a state_dict")
+    if "pytorch-lightning_version" in content and "class_names" not in content:
+        fail(f"{path} is a checkpoint of another project")
+    return content
+
+
+def is_network(checkpoint: dict[str, Any]) -> bool:
+    """Whether this is a bare network's state_dict, as it is or under that name."""
+    return "pytorch-lightning_version" not in checkpoint
+
+
+def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint was trained with, by section.
+
+    A bare network has none: it is taken to be one that was trained on [0, 1].
+    """
+    if is_network(checkpoint):
+        return {"model": {"normalize": False}}
+    return {
+        "model": checkpoint["hyper_parameters"],
+        "data": checkpoint.get("datamodule_hyper_parameters", {}),
+    }
+
+
+def flatten(options: dict[str, Any]) -> dict[str, Any]:
+    """Parser defaults {"section.name": value}, without what the parser itself derives."""
+    derived = ("model._instantiator", "data._instantiator", "model.num_classes", "data.images")
+    flat = {
+        f"{section}.{name}": value
+        for section, values in options.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
+    return {name: value for name, value in {**flat, **plain}.items() if name not in derived}
+
+
+def fail(message: str, exit_code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
