@@ -423,17 +423,25 @@ def test_last_is_written_in_epochs_without_validation(run: Run) -> None:
     assert load("lightning_logs/version_0/checkpoints/last.ckpt")["epoch"] == 2
 
 
-@no_gpu
-@pytest.mark.parametrize(
-    ("features", "precision"),
-    [
-        ({"avx512_bf16": True, "avx512_f": True}, "bf16-mixed"),
-        ({"amx_bf16": True}, "bf16-mixed"),
-        ({"avx512_bf16": False, "avx512_f": True}, "32-true"),
-        ({"bf16": False}, "32-true"),
-    ],
-)
+FEATURES = [
+    ({"avx512_bf16": True, "avx512_f": True}, "bf16-mixed"),
+    ({"amx_bf16": True}, "bf16-mixed"),
+    ({"avx512_bf16": False, "avx512_f": True}, "32-true"),
+    ({"bf16": False}, "32-true"),
+]
+
+
+@pytest.mark.parametrize(("features", "precision"), FEATURES)
 def test_precision_is_what_the_cpu_computes_natively(
+    monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert train.native_precision("cpu") == precision
+
+
+@no_gpu
+@pytest.mark.parametrize(("features", "precision"), FEATURES[1:3])
+def test_precision_is_said_saved_and_kept(
     run: Run, monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)

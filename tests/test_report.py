@@ -106,7 +106,7 @@ def test_predictions_of_several_processes_come_in_the_order_of_the_data(
     monkeypatch.undo()
     gathered = report.Predictions()
     for name in ("probabilities", "labels", "positions"):  # as torchmetrics gathers states
-        setattr(gathered, name, torch.cat([torch.cat(getattr(part, name)) for part in parts]))
+        setattr(gathered, name, [torch.cat(getattr(part, name)) for part in parts])
     gathered._update_count = 1
     torch.testing.assert_close(gathered.compute()[0], logits.softmax(dim=1))
     assert torch.equal(gathered.compute()[1], labels)
