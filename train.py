@@ -475,6 +475,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*training_step. returned .None.*")  # of CUDAGraphs
     warnings.filterwarnings("ignore", ".*not supported by the model summary.*")  # bf16-mixed
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
+    warnings.filterwarnings("ignore", ".*No complete tensor found.*")  # of torch.export, on one CPU
     warnings.filterwarnings("ignore", ".*torch.jit.trace.*")  # what draws TensorBoard's graph
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_log.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advert
