@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -130,6 +131,69 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         return Outcome(code, out, err)
 
     return command
+
+
+# Processes of their own, in no time: forks of one that has imported everything and done nothing.
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+class Started:
+    """`python train.py ARGS` as a process of its own, to be killed, interrupted or waited for."""
+
+    def __init__(self, args: tuple[str, ...], folder: Path, env: dict[str, str]) -> None:
+        self.output = folder / f"output_{len(list(folder.glob('output_*')))}.txt"
+        self.output.touch()
+        self.process = PROCESSES.Process(
+            target=be_the_command, args=(args, folder, self.output, {**os.environ, **env})
+        )
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far, to stdout and stderr."""
+        return self.output.read_text()
+
+    def wait(self, seconds: float = 120) -> int:
+        """Its exit code, negative where a signal has ended it."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"it still runs:\n{self.out}"
+        return self.process.exitcode
+
+
+def be_the_command(args: tuple[str, ...], folder: Path, output: Path, env: dict[str, str]) -> None:
+    """What a process of `Started` does."""
+    os.setpgrp()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *args]
+    train.main()
+
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `python train.py ARGS` as a process, by default in a folder of the test's own."""
+    started: list[Started] = []
+    paths = [path for path in sys.path if path] + [os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))  # where the server finds `train`
+        PROCESSES.set_forkserver_preload(["pytest", "train", "sklearn.datasets", "tensorboard"])
+
+        def command(*args: str, folder: Path = tmp_path, **env: str) -> Started:
+            started.append(Started(args, folder, env))
+            return started[-1]
+
+        yield command
+    for one in started:
+        one.process.kill()
+        one.process.join()
 
 
 @dataclass
