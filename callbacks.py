@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from checkpoints import write
 from report import (
     Predictions,
     as_png,
@@ -26,7 +27,6 @@ from report import (
     curves_figure,
     gallery,
     mistakes_figure,
-    write,
 )
 
 SHOWN = 40  # images of the augmented batch
@@ -357,6 +357,11 @@ def images_seen(trainer: Trainer) -> int:
     loader: Any = trainer.train_dataloader
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
     return int(min(batches * loader.batch_size, len(loader.sampler))) * trainer.world_size
+
+
+def shown(path: Path) -> Path:
+    """A path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def gpu_found() -> bool:

@@ -1,14 +1,79 @@
-"""Checkpoints: which one is meant, what it holds, and the options that it brings.
+"""Checkpoints: how they are written, which one is meant, what it holds, what options it brings.
 
 A checkpoint is a whole one of this project, or a bare network: a state_dict, as it is or under that
 name.
 """
 
+import contextlib
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+HALF_WRITTEN = ".part"  # the ending of a file that is being written
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all: beside their target, to the disk, then renamed.
+
+    Their folder is made once, at the start of training: if it goes, so has the run that was in it,
+    and a new one in its place would hide that.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: If that can't be done; what was there before is still there then.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write(Path(path), content.getbuffer())
+
+
+def write(path: Path, content: bytes | memoryview | str) -> None:
+    """Writes a whole file or none: a reader finds the old or the new one, even after a power cut.
+
+    Raises:
+        OSError: In one sentence, if it can't be written.
+    """
+    half_written = path.with_name(path.name + HALF_WRITTEN)
+    try:
+        with half_written.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        half_written.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        reason = f"{error.strerror}{still_there(path)}"
+        raise OSError(f"{path} could not be written: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            half_written.unlink(missing_ok=True)
+
+
+def still_there(path: Path) -> str:
+    """What a user wants to know of a file that could not be written."""
+    if path.is_file():
+        return "; the one from before is still there, whole"
+    return "" if path.parent.is_dir() else f", for its folder {path.parent} is gone"
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the disk remember the names in a folder; some systems don't let one ask for it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:

@@ -9,7 +9,9 @@ import contextlib
 import glob
 import hashlib
 import io
+import math
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,6 +64,22 @@ class ImageBatches(Dataset[Batch]):
         # index_select copies images as they lie; self.images[index] would go byte by byte.
         images = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
         return images, self.labels[index], index
+
+
+class TrainingOrder(DistributedSampler[Batch]):
+    """A new order for each epoch; an interrupted one goes on behind the images it has shown."""
+
+    interrupted, seen = -1, 0  # an epoch, and the number of its images that are behind
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.epoch != self.interrupted:
+            return super().__iter__()
+        alone: DistributedSampler[Batch] = DistributedSampler(self.dataset, 1, 0, seed=self.seed)
+        alone.set_epoch(self.epoch)
+        whole = list(alone)
+        rest = whole[self.seen :]
+        rest += whole[: -len(rest) % self.num_replicas]  # as many for each process
+        return iter(rest[self.rank :: self.num_replicas])
 
 
 class CIFARDataModule(LightningDataModule):
@@ -137,8 +155,12 @@ class CIFARDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.images = images
+        # With the seed in it, a checkpoint goes on in the same order wherever it is moved to.
+        self.hparams["seed"] = self.seed
         self._draws: tuple[int, Tensor] | None = None
         self._minibatches = 1
+        self._shown = -1, 0  # the epoch, and how many of its images all processes have seen
+        self._resumed = -1, 0  # that of the checkpoint which training goes on from
         self._check_options()
 
     def _check_options(self) -> None:
@@ -294,9 +316,10 @@ class CIFARDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Lightning leaves this sampler alone and tells it the epoch, in any number of processes.
-        sampler: DistributedSampler[Batch] = DistributedSampler(
-            self.train_set, *self._processes(), seed=self.seed
-        )
+        sampler = TrainingOrder(self.train_set, *self._processes(), seed=self.seed)
+        sampler.interrupted, sampler.seen = epoch, seen = self._resumed
+        # Workers read ahead, before Lightning tells the sampler its first epoch.
+        sampler.set_epoch(max(0, epoch if seen < len(self.train_set) else epoch + 1))
         return self._loader(self.train_set, self.batch_size * self._minibatches, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -307,6 +330,30 @@ class CIFARDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.test_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far into its epoch training is: a checkpoint's."""
+        epoch, seen = self._shown
+        return {"epoch": epoch, "seen": seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Has training go on there, in any number of processes."""
+        self._shown = self._resumed = state_dict["epoch"], state_dict["seen"]
+
+    def batches_done(self) -> int | None:
+        """Batches behind training that goes on in the middle of an epoch, None where it does not.
+
+        They are counted as today's: with this batch size, in this number of processes.
+        """
+        left = len(self.train_set) - self._resumed[1]
+        if self._resumed[0] < 0 or left <= 0:
+            return None
+        processes, batch_size = self._processes()[0], self.batch_size * self._minibatches
+
+        def batches(images: int) -> int:
+            return math.ceil(math.ceil(images / processes) / batch_size)
+
+        return batches(len(self.train_set)) - batches(left)
 
     def _evaluation_loader(self, data: ImageBatches) -> DataLoader[Batch]:
         # The plain DistributedSampler would repeat images to give every process as many.
@@ -327,6 +374,7 @@ class CIFARDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_main_process,
             collate_fn=tuple,  # a batch is one already
         )
 
@@ -334,7 +382,10 @@ class CIFARDataModule(LightningDataModule):
         """Augments training batches; makes images float32 in [0, 1]. On the device of the batch."""
         images, labels, positions = batch
         if self.trainer is not None and self.trainer.training:
-            images = self.augment(images, positions, self.trainer.current_epoch)
+            epoch = self.trainer.current_epoch
+            seen = self._shown[1] if self._shown[0] == epoch else 0
+            self._shown = epoch, seen + len(labels) * self.trainer.world_size
+            images = self.augment(images, positions, epoch)
         return images / 255, labels
 
     def augment(self, canvases: Tensor, positions: Tensor, epoch: int) -> Tensor:
@@ -361,6 +412,14 @@ class CIFARDataModule(LightningDataModule):
         corners = rng.integers(0, margin, size=(2, count), endpoint=True)
         flips = rng.integers(0, 1, size=(1, count), endpoint=True) * self.flip
         return torch.from_numpy(np.concatenate([corners, flips]))
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Keeps a loader's worker at work when a terminal or SLURM sends a signal to all processes."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def flip_and_crop(images: Tensor, size: int, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from checkpoints import write
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -368,16 +370,6 @@ def flat_csv(rows: Sequence[dict[str, Any]]) -> str:
             columns |= {f"probability_{place}": other["probability"]}
         flat.append(columns)
     return as_csv(flat)
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Writes a whole file or none."""
-    half_written = path.with_name(f"{path.name}.tmp")
-    try:
-        half_written.write_bytes(content.encode() if isinstance(content, str) else content)
-        half_written.replace(path)
-    finally:
-        half_written.unlink(missing_ok=True)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 Shortcut = Literal["conv3x3", "conv1x1", "pad"]
@@ -188,6 +188,7 @@ class ResNetModule(LightningModule):
 
     mean: Tensor
     std: Tensor
+    CHECK_EVERY = 50  # steps from one look at the losses to the next: on a GPU a look has to wait
     # Set by the fast path: trains on a batch of many mini-batches, and returns its logits.
     many_steps: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -227,6 +228,10 @@ class ResNetModule(LightningModule):
         self.train_metrics = metrics.clone(prefix="train/")
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        self.rate = 0.0  # the learning rate at the start of the epoch
+        # Steps before it, and the losses, of each batch that nobody has looked at yet.
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self._interrupted: dict[str, Any] | None = None  # what an epoch had come to
 
     def setup(self, stage: str) -> None:
         """Takes what belongs to the network from the data that it is trained on."""
@@ -255,16 +260,21 @@ class ResNetModule(LightningModule):
         return F.cross_entropy(logits, labels, reduction="none")
 
     def _score(self, logits: Tensor, labels: Tensor, metrics: MetricCollection) -> Tensor:
+        """The loss of each image, and both metrics brought up to date."""
         losses = self.losses(logits, labels)
         # One by one: torchmetrics 1.9 forgets the weight of a mean when NaN checks are off.
         metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
-        return losses.mean()
+        return losses
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         images, labels = batch
         logits = self.many_steps(images, labels) if self.many_steps else self(images)
-        loss = self._score(logits, labels, self.train_metrics)
+        losses = self._score(logits, labels, self.train_metrics)
+        self._unchecked.append((self.trainer.global_step, losses.detach()))
+        if len(self._unchecked) >= self.CHECK_EVERY:
+            self.check_losses()
+        loss = losses.mean()
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and (self.many_steps or batch_idx % interval == 0):
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -298,8 +308,40 @@ class ResNetModule(LightningModule):
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""
         return self(batch[0]).float().softmax(dim=1)
 
+    def check_losses(self) -> None:
+        """Looks at the losses since the last time.
+
+        Raises:
+            FloatingPointError: If one is not finite, in any process.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
+            return
+        last = self.trainer.global_step
+        bad = last + 1  # none
+        if not torch.cat([losses for _, losses in unchecked]).isfinite().all():
+            step, losses = next((s, x) for s, x in unchecked if not x.isfinite().all())
+            image = int((~losses.isfinite()).nonzero()[0])
+            # The fast path takes many steps at once.
+            bad = step + image // self.trainer.datamodule.batch_size if self.many_steps else step  # type: ignore[attr-defined]
+        if self.trainer.world_size > 1:
+            number = torch.tensor(float(bad), device=self.device)
+            bad = int(self.trainer.strategy.reduce(number, reduce_op="min"))
+        if bad <= last:
+            self._refuse(f"the loss is not finite (nan or inf) in step {bad + 1}")
+
+    def _refuse(self, fault: str) -> None:
+        rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        raise FloatingPointError(
+            f"{fault}, in epoch {self.current_epoch + 1}, at a learning rate of {rate:g}: training "
+            "has stopped, and its checkpoints are those from before. Try a lower rate "
+            "(--model.optimizer.lr) or --trainer.gradient_clip_val 1"
+        )
+
     # Metrics are logged once per epoch: in every step it would cost more than the metrics do.
     def on_train_epoch_end(self) -> None:
+        self.check_losses()
+        self.log("lr", self.rate)
         self.log_dict(self.train_metrics, prog_bar=True)
         self._log_against_epochs()
 
@@ -315,7 +357,19 @@ class ResNetModule(LightningModule):
         self.log_dict(self.test_metrics)
 
     def on_train_epoch_start(self) -> None:
-        self.log("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self.rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_start(self) -> None:
+        """Takes up what an interrupted epoch had come to; of several processes, the first does."""
+        epoch, self._interrupted = self._interrupted, None
+        if epoch is None:
+            return
+        self.rate = epoch["rate"]
+        for name, states in epoch["metrics"].items() if self.trainer.is_global_zero else ():
+            metric = self.train_metrics[name]
+            metric._update_count = 1  # it has been: there is no need to warn
+            for state, value in states.items():
+                setattr(metric, state, value.to(metric.device))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
@@ -332,9 +386,26 @@ class ResNetModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning does not know of.
+
+        Raises:
+            FloatingPointError: If training has failed, so that the checkpoint would be spoilt.
+        """
         checkpoint["class_names"] = self.class_names
+        if self._trainer is None or (not self.trainer.training and not self.trainer.validating):
+            return
+        self.check_losses()
+        weights = [
+            value for value in checkpoint["state_dict"].values() if value.is_floating_point()
+        ]
+        if not torch.stack([value.isfinite().all() for value in weights]).all():
+            self._refuse("a weight of the network is not finite (nan or inf)")
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            metrics = {name: totals(metric) for name, metric in self.train_metrics.items(True)}
+            checkpoint["interrupted_epoch"] = {"rate": self.rate, "metrics": metrics}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._interrupted = checkpoint.get("interrupted_epoch")
         names = checkpoint["class_names"]
         data: Any = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
         if data and list(getattr(data, "class_names", names)) != names:
@@ -353,6 +424,13 @@ class ResNetModule(LightningModule):
         """
         check_state_dict(state_dict, self.network, str(name))
         self.network.load_state_dict(state_dict)
+
+
+def totals(metric: Metric) -> dict[str, Tensor]:
+    """The sums that a metric is made of, over all processes."""
+    with metric.sync_context():
+        states: dict[str, Any] = metric.metric_state
+        return {name: value.detach().cpu().clone() for name, value in states.items()}
 
 
 def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str) -> None:

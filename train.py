@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
@@ -42,18 +43,22 @@ from callbacks import (
     Throughput,
     gpu_found,
     say,
+    shown,
 )
 from checkpoints import (
+    WholeFiles,
     fail,
     find_checkpoint,
     flatten,
     is_network,
     read_checkpoint,
     stored_options,
+    write,
 )
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
 from export import Pixels, check_output, export
+from interruptions import Interruptions, signals_exit
 from resnet_module import ResNetModule
 
 LOGS = "lightning_logs"
@@ -222,7 +227,7 @@ class CLI(LightningCLI):
         config_file = folder.parent / "config.yaml"
         if command == "fit" and folder.name == "checkpoints" and config_file.is_file():
             run_options = yaml.safe_load(config_file.read_text())
-            for section in ("seed_everything", "trainer", *CHECKPOINTS):
+            for section in {*run_options} - {"model", "data", "ckpt", "ckpt_path"}:
                 options[section] = run_options[section]
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = folder.parent if checkpoint.name == "last.ckpt" else None
@@ -264,16 +269,21 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         config = self.config[self.subcommand].trainer
-        callbacks = self.config_init[self.subcommand].trainer.callbacks or []
+        config_init = self.config_init[self.subcommand]
+        callbacks = config_init.trainer.callbacks or []
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.enable_progress_bar is not False and not own_bar:
             callbacks.append(Progress())
         self.report = Report()
-        callbacks += [SayTimeOnCPU(), Throughput()] if self.subcommand == "fit" else [self.report]
+        callbacks += (
+            [SayTimeOnCPU(), Throughput(), Interruptions()]
+            if self.subcommand == "fit"
+            else [self.report]
+        )
         kwargs["callbacks"] = callbacks
         if self.datamodule.val_size == 0 or config.limit_val_batches == 0:
             # Without validation the last is the best.
-            self.config_init[self.subcommand].best_checkpoint.monitor = None
+            config_init.best_checkpoint.monitor = None
         if config.logger in (None, True):
             kwargs["logger"] = self.subcommand == "fit" and TensorBoardLogger(
                 # Absolute, for a resumed best_checkpoint forgets its score if its folder differs.
@@ -284,6 +294,10 @@ class CLI(LightningCLI):
                 version=self.run.name if self.run else None,
                 default_hp_metric=False,
             )
+        plugins = config_init.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
         if self.subcommand == "predict" and config.devices == "auto":
             kwargs["devices"] = 1
         if self.accelerator is None and not gpu_found():
@@ -401,7 +415,7 @@ class CLI(LightningCLI):
         # With limit_predict_batches there are fewer probabilities than labels.
         labels = data.test_set.labels[: len(probabilities)]
         rows = report.prediction_rows(probabilities, labels, self.model.class_names)
-        report.write(path, report.as_csv(rows))
+        write(path, report.as_csv(rows))
         say(f"Predictions: {path}")
 
     def _say_predictions(self, probabilities: torch.Tensor) -> None:
@@ -416,7 +430,7 @@ class CLI(LightningCLI):
         report.show_predictions(rows)
         if output:
             text = report.as_json(rows) if output.endswith(".json") else report.flat_csv(rows)
-            report.write(Path(output), text)
+            write(Path(output), text)
             say(f"Written: {output}")
         for remark in data.remarks:
             print(f"note: {remark}", file=sys.stderr)
@@ -449,11 +463,6 @@ def in_one_word(choice: Any) -> str:
     return f"{choice['class_path'].split('.')[-1]}({listed})"
 
 
-def shown(path: Path) -> Path:
-    """A path as one would type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def native_precision(accelerator: str | None) -> Literal["bf16-mixed", "32-true"]:
     """bf16 where the device computes in it, float32 where it cannot or would emulate it."""
     if accelerator != "cpu" and CUDAAccelerator.is_available():
@@ -480,21 +489,22 @@ def main() -> None:
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_log.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advert
     try:
-        CLI(
-            ResNetModule,
-            CIFARDataModule,
-            SaveRun,
-            trainer_class=Trainer,
-            trainer_defaults={
-                "accelerator": "gpu",
-                "max_epochs": 80,
-                "log_every_n_steps": 10,
-            },
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-        )
-    except (MisconfigurationException, OSError) as error:
+        with signals_exit():
+            CLI(
+                ResNetModule,
+                CIFARDataModule,
+                SaveRun,
+                trainer_class=Trainer,
+                trainer_defaults={
+                    "accelerator": "gpu",
+                    "max_epochs": 80,
+                    "log_every_n_steps": 10,
+                },
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+            )
+    except (MisconfigurationException, OSError, FloatingPointError) as error:
         fail(str(error), exit_code=1)
 
 
