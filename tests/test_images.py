@@ -14,7 +14,8 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torchvision import transforms
 
-from cifar_datamodule import CIFARDataModule, image_files, read_image
+from cifar_datamodule import CIFARDataModule
+from images import image_files, read_image
 from resnet_module import ResNetModule
 
 ORIENTATION = 0x0112  # the EXIF tag
