@@ -5,15 +5,11 @@ epoch (order, crops, flips) follows from the seed, the epoch and the image's pos
 neither the number of workers nor the device changes a run.
 """
 
-import contextlib
-import glob
 import hashlib
-import io
 import math
 import os
 import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +19,12 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from download import check_urls, find_fault, provide, way_out
+from images import class_names, image_files, load_folder, read_square
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Labelled = tuple[Tensor, Tensor]
@@ -37,8 +34,6 @@ CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 BUILT_IN = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "digits": (10, 1_437)}
 PAD = 4  # pixels of zeros on each side, as in He et al. 2015
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer after which a download is given up
-FAR_OFF = 2.0  # ratio of an image's sides beyond which more is cut off than is seen
 
 
 class ImageBatches(Dataset[Batch]):
@@ -113,9 +108,12 @@ class CIFARDataModule(LightningDataModule):
             that of Lightning's `seed_everything`, or 0.
         images: What `predict` reads instead of the test images: files of any kind that Pillow
             opens, folders, and patterns such as `*.png`. No part of a checkpoint.
+        urls: Mirrors of the CIFAR archive, tried in this order before its own address. What they
+            send is held against the same checksum. No part of a checkpoint.
 
     Raises:
         ValueError: If an option is out of its range.
+        MisconfigurationException: If a folder of one's own images has fewer than two classes.
     """
 
     class_names: list[str]
@@ -138,9 +136,10 @@ class CIFARDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
         images: list[str] | None = None,
+        urls: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["images"])
+        self.save_hyperparameters(ignore=["images", "urls"])
         if evaluation == "auto":
             evaluation = "zoom" if augmentation == "zoom" else "native"
         self.root = root
@@ -157,6 +156,7 @@ class CIFARDataModule(LightningDataModule):
         self.images = images
         # With the seed in it, a checkpoint goes on in the same order wherever it is moved to.
         self.hparams["seed"] = self.seed
+        self.urls = urls
         self._draws: tuple[int, Tensor] | None = None
         self._minibatches = 1
         self._shown = -1, 0  # the epoch, and how many of its images all processes have seen
@@ -188,33 +188,26 @@ class CIFARDataModule(LightningDataModule):
                 f"dataset is {self.dataset!r}: choose {', '.join(BUILT_IN)}, "
                 "or a folder with images in train/<class>/ and test/<class>/"
             )
+        elif self.images is None:
+            class_names(Path(self.dataset))
+        check_urls(self.urls or [])
 
     @property
     def num_classes(self) -> int:
         """Number of classes; for a folder of one's own, that of the folders in its `train/`."""
         if self.dataset in BUILT_IN:
             return BUILT_IN[self.dataset][0]
-        return sum(path.is_dir() for path in (Path(self.dataset) / "train").iterdir())
+        return len(class_names(Path(self.dataset)))
 
     def prepare_data(self) -> None:
         """Downloads CIFAR into `root` and verifies its checksums, unless it is there already.
 
         Raises:
-            FileNotFoundError: If it is not there and cannot be downloaded.
+            OSError: In one sentence, if it is not there and cannot be put there.
         """
-        if self.dataset not in CIFAR or self.images is not None:
-            return
-        source = CIFAR[self.dataset]
-        try:
-            with download_timeout(), contextlib.redirect_stdout(io.StringIO()):
-                source(self.root, download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"{source.__name__} is not in {self.root!r} and could not be downloaded ({error}). "
-                f"Put {source.filename} or its folder {source.base_folder}/ into {self.root!r}, "
-                "or try the digits, which need no download: "
-                "python train.py fit --config recipes/digits.yaml"
-            ) from error
+        if self.dataset in CIFAR and self.images is None:
+            source = CIFAR[self.dataset]
+            provide(source, Path(self.root).expanduser(), [*(self.urls or []), source.url])
 
     def setup(self, stage: str) -> None:
         """Loads into memory what `stage` (fit, validate, test or predict) needs."""
@@ -243,7 +236,7 @@ class CIFARDataModule(LightningDataModule):
         if self.dataset == "digits":
             images, labels, self.class_names = load_digits(train)
         elif self.dataset in CIFAR:
-            source = CIFAR[self.dataset](self.root, train=train)
+            source = self._load_cifar(train)
             images = torch.from_numpy(source.data).permute(0, 3, 1, 2)
             labels = torch.tensor(source.targets)
             self.class_names = source.classes
@@ -256,27 +249,38 @@ class CIFARDataModule(LightningDataModule):
         self.checksum = f"sha256:{hashlib.sha256(b''.join(content)).hexdigest()}"
         return resize(images, self.image_size), labels
 
+    def _load_cifar(self, train: bool) -> CIFAR10:
+        """CIFAR as torchvision reads it, which unpickles files whose checksums are right only.
+
+        Raises:
+            MisconfigurationException: If they are not, or not any more.
+        """
+        source, root = CIFAR[self.dataset], Path(self.root).expanduser()
+        try:
+            return source(root, train=train)
+        except (RuntimeError, OSError) as error:
+            fault = find_fault(source, root) or error
+            raise MisconfigurationException(
+                f"{source.__name__} in {str(root)!r} cannot be read ({fault}): {way_out(source)}"
+            ) from error
+
     def _read(self, names: Sequence[str]) -> Labelled:
         """Images (N, 3, image_size, image_size) uint8 from files; their labels are all -1.
 
         Raises:
             FileNotFoundError: If there is none.
         """
-        files, self.unreadable = image_files(names)
-        self.files, self.remarks = [], []
-        to_square, images = square(self.image_size), []
-        for file in files:
-            try:
-                image = read_image(file)
-            except Exception as error:  # of any kind: Pillow's readers raise what they please
-                reason = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({error})"
-                self.unreadable.append(f"{file} is no image that can be read{reason}")
-                continue
-            if max(image.size) > FAR_OFF * min(image.size):
-                size = f"{image.width} × {image.height} pixels"
-                self.remarks.append(f"{file} is {size}: only the square in its middle is seen")
-            self.files.append(file)
-            images.append(to_square(image))
+        files, missing = image_files(names)
+        results = [read_square(file, self.image_size) for file in files]
+        images = [image for image, _ in results if image is not None]
+        seen = [
+            (file, remark)
+            for file, (image, remark) in zip(files, results, strict=True)
+            if image is not None
+        ]
+        self.files = [file for file, _ in seen]
+        self.remarks = [remark for _, remark in seen if remark]
+        self.unreadable = missing + [fault for image, fault in results if image is None]
         if not images:
             reasons = "".join(f"; {reason}" for reason in self.unreadable)
             raise FileNotFoundError(f"there is nothing to predict in {list(names)}{reasons}")
@@ -511,92 +515,3 @@ def load_digits(train: bool) -> tuple[Tensor, Tensor, list[str]]:
     )
     part = torch.from_numpy(parts[0 if train else 1])
     return images[part], labels[part], [str(name) for name in digits.target_names]
-
-
-def load_folder(
-    folder: Path, train: bool, size: int, num_workers: int
-) -> tuple[Tensor, Tensor, list[str]]:
-    """The images in `folder`/train or `folder`/test, each resized and cropped to `size` × `size`.
-
-    Raises:
-        MisconfigurationException: If train/ and test/ don't have the same classes.
-        FileNotFoundError: If a class has no images.
-    """
-    part = folder / ("train" if train else "test")
-    source = ImageFolder(part, square(size), loader=read_image)
-    expected = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-    if source.classes != expected:
-        raise MisconfigurationException(
-            f"{part} has the classes {source.classes}, but {folder / 'train'} has {expected}: "
-            "both must have the same"
-        )
-    batches = list(DataLoader(source, batch_size=256, num_workers=num_workers))
-    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    return images, labels, source.classes
-
-
-def square(size: int) -> Callable[[Image.Image], Tensor]:
-    """Makes an image (3, `size`, `size`) uint8: its shorter side resized, its middle cropped."""
-    return transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    )
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file as one sees it, in RGB.
-
-    Upright, where a camera has noted how it was held; the first frame of an animation; 16 bits
-    rounded down to 8; on white, where it is transparent.
-
-    Raises:
-        Exception: Of any kind, if Pillow cannot read the file.
-    """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I") or image.mode == "F":
-        levels = np.asarray(image, np.float64)
-        # What is deeper than 8 bits counts as 16 of them; floats within [0, 1] as that range.
-        scale = (
-            1 / 257 if levels.max() > 255 else 255 if image.mode == "F" and levels.max() <= 1 else 1
-        )
-        image = Image.fromarray((levels * scale).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def image_files(names: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files that names, folders and patterns stand for, each once, and what stands for none.
-
-    Folders are walked to the bottom, in the order of names; hidden files are left out.
-    """
-    files: dict[Path, None] = {}
-    missing: list[str] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
-            visible = [f for f in inside if not any(part.startswith(".") for part in f.parts)]
-            found = [path / file for file in sorted(visible)]
-        else:
-            found = (
-                [path]
-                if path.is_file()
-                else [Path(f) for f in sorted(glob.glob(name, recursive=True))]
-            )
-        files |= dict.fromkeys(found)
-        if not found:
-            missing.append(f"{name}: there is no such file" + (" in it" if path.is_dir() else ""))
-    return list(files), missing
-
-
-@contextlib.contextmanager
-def download_timeout() -> Iterator[None]:
-    """Gives up on connections that hang: urllib, which torchvision uses, would wait for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

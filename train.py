@@ -77,7 +77,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 
 # No part of what a run is compared by.
-UNTOLD = ("root", "eval_batch_size", "num_workers", "images", "seed", "num_classes")
+UNTOLD = ("root", "eval_batch_size", "num_workers", "images", "urls", "seed", "num_classes")
 
 
 class Trainer(LightningTrainer):
