@@ -116,6 +116,11 @@ def is_network(checkpoint: dict[str, Any]) -> bool:
     return "pytorch-lightning_version" not in checkpoint
 
 
+def epochs_behind(checkpoint: dict[str, Any]) -> int:
+    """The number of whole epochs that a checkpoint of this project has behind it."""
+    return checkpoint["epoch"] + ("interrupted_epoch" not in checkpoint)
+
+
 def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The options that a checkpoint was trained with, by section.
 

@@ -1,6 +1,6 @@
 """Interruptions: a run that a signal stops is saved where it is, and goes on as if never stopped.
 
-Ctrl-C, SIGTERM, SIGHUP (the terminal has gone) and SIGUSR1 (sent by SLURM before a job's time is up)
+Ctrl-C, SIGTERM, SIGHUP (the terminal has gone) and SIGUSR1 (sent by SLURM when time is nearly up)
 let the current step end, save last.ckpt, and print the command that goes on with the run. The exit
 code is 128 plus the signal's number, as a shell has it.
 """
@@ -21,8 +21,10 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks import say, shown
+from callbacks import say, scalars, shown
 from checkpoints import HALF_WRITTEN
 
 SIGNALS = [
@@ -31,12 +33,17 @@ SIGNALS = [
     if hasattr(signal, name)  # Windows has but two of them
 ]
 
+UNLOGGED = ("step", "loss")  # metrics that are not for the logger
+
 
 class Interruptions(Callback):
     """Saves a run that a signal stops, and readies one that goes on in the middle of an epoch."""
 
     def __init__(self) -> None:
         self.received: int | None = None  # the signal that has asked to stop
+        self.logged: dict[
+            str, float
+        ] = {}  # of the epoch that the checkpoint was saved at the end of
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Over those of Lightning, which ends a run without saving it.
@@ -57,6 +64,37 @@ class Interruptions(Callback):
             being_saved = progress.processed - progress.completed
             progress.ready = progress.started = progress.processed = done
             progress.completed = done - being_saved
+        self.log_what_was_lost(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            metrics = trainer.callback_metrics
+            checkpoint["logged"] = {
+                name: float(value) for name, value in metrics.items() if name not in UNLOGGED
+            }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.logged = checkpoint.get("logged", {})
+
+    @rank_zero_only
+    def log_what_was_lost(self, trainer: Trainer) -> None:
+        """Logs what a run that was killed after its last checkpoint had not logged yet."""
+        logger, checkpoint = trainer.logger, trainer.ckpt_path
+        if not isinstance(logger, TensorBoardLogger) or not checkpoint or not self.logged:
+            return
+        folder = Path(logger.log_dir).resolve()
+        if Path(checkpoint).resolve().parents[1] == folder:
+            there, epoch = scalars(folder), trainer.current_epoch
+            lost = {
+                name: value
+                for name, value in self.logged.items()
+                if epoch not in [step for step, _ in there.get(name, [])]
+            }
+            logger.log_metrics(lost, epoch)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Asks the run to stop after its current step; a second Ctrl-C does not wait for that."""
@@ -118,9 +156,7 @@ class Interruptions(Callback):
     ) -> None:
         if self.received and isinstance(exception, RuntimeError):
             # The signal has reached the loader's workers too, and the step could not end.
-            say(
-                "The step could not end: the run goes on from its last checkpoint, with --ckpt last"
-            )
+            say("The step could not end: the run goes on from its last checkpoint, by --ckpt last")
             sys.exit(128 + self.received)
 
 

@@ -47,6 +47,7 @@ from callbacks import (
 )
 from checkpoints import (
     WholeFiles,
+    epochs_behind,
     fail,
     find_checkpoint,
     flatten,
@@ -235,7 +236,7 @@ class CLI(LightningCLI):
 
     def _check_resume(self, config: Any) -> None:
         """Refuses what a resumed run would ignore, before anything is written."""
-        done, epochs = self.content["epoch"] + 1, config.trainer.max_epochs
+        done, epochs = epochs_behind(self.content), config.trainer.max_epochs
         if epochs is not None and 0 <= epochs < done:
             fail(f"trainer.max_epochs is {epochs}, but the checkpoint has {done} epochs behind it")
         for name in ("optimizer", "lr_scheduler"):
@@ -276,7 +277,7 @@ class CLI(LightningCLI):
             callbacks.append(Progress())
         self.report = Report()
         callbacks += (
-            [SayTimeOnCPU(), Throughput(), Interruptions()]
+            [Interruptions(), SayTimeOnCPU(), Throughput()]
             if self.subcommand == "fit"
             else [self.report]
         )
@@ -293,6 +294,8 @@ class CLI(LightningCLI):
                 name=self.run.parent.name if self.run else LOGS,
                 version=self.run.name if self.run else None,
                 default_hp_metric=False,
+                # Epochs that are trained once more replace those that a killed run has logged.
+                purge_step=epochs_behind(self.content) + 1 if self.run else None,
             )
         plugins = config_init.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -481,13 +484,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*Total length of `list`.*")  # with val_size 0
     warnings.filterwarnings("ignore", ".*dirpath has changed.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # its sampler is
     warnings.filterwarnings("ignore", ".*training_step. returned .None.*")  # of CUDAGraphs
     warnings.filterwarnings("ignore", ".*not supported by the model summary.*")  # bf16-mixed
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning 2.6 with newer torch
     warnings.filterwarnings("ignore", ".*No complete tensor found.*")  # of torch.export, on one CPU
     warnings.filterwarnings("ignore", ".*torch.jit.trace.*")  # what draws TensorBoard's graph
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning_log.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advert
+    untold = ("litlogger", "`weights_only` was not set")  # an advert, and its own default
+    lightning_log.addFilter(lambda record: not any(x in record.getMessage() for x in untold))
     try:
         with signals_exit():
             CLI(

@@ -12,6 +12,7 @@ import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -179,16 +180,16 @@ def be_the_command(args: tuple[str, ...], folder: Path, output: Path, env: dict[
 Start = Callable[..., Started]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `python train.py ARGS` as a process, by default in a folder of the test's own."""
+@pytest.fixture(scope="module")
+def start_anywhere() -> Iterator[Start]:
+    """Starts `python train.py ARGS` as a process, in the folder it is given."""
     started: list[Started] = []
     paths = [path for path in sys.path if path] + [os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))  # where the server finds `train`
         PROCESSES.set_forkserver_preload(["pytest", "train", "sklearn.datasets", "tensorboard"])
 
-        def command(*args: str, folder: Path = tmp_path, **env: str) -> Started:
+        def command(*args: str, folder: Path, **env: str) -> Started:
             started.append(Started(args, folder, env))
             return started[-1]
 
@@ -196,6 +197,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for one in started:
         one.process.kill()
         one.process.join()
+
+
+@pytest.fixture
+def start(start_anywhere: Start, tmp_path: Path) -> Start:
+    """Starts `python train.py ARGS` as a process, in a folder of the test's own."""
+    return partial(start_anywhere, folder=tmp_path)
 
 
 @dataclass

@@ -1,0 +1,188 @@
+"""Runs that are killed, interrupted or cannot write: they end in the weights of a quiet one."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_DIGITS, Start, Started
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar_datamodule import CIFARDataModule
+
+EPOCHS = 3
+QUICK = ["--pictures.every_n_epochs=0", "--trainer.enable_model_summary=false"]
+# 25 steps in an epoch; the rate changes with each, and the best epoch need not be the last.
+RUN = [
+    *SMALL_DIGITS,
+    *QUICK,
+    "--data.batch_size=50",
+    f"--trainer.max_epochs={EPOCHS}",
+    "--model.lr_scheduler.step_size=1",
+    "--model.optimizer.lr=0.01",
+    "--seed_everything=3",
+]
+TRAINS = "training on the CPU"
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """All that TensorBoard shows of a run, but its speed."""
+    events = EventAccumulator(str(run)).Reload()
+    names = [name for name in events.Tags()["scalars"] if name != "images_per_second"]
+    return {name: [(p.step, p.value) for p in events.Scalars(name)] for name in names}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested structures are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(*pair) for pair in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_same_run(run: Path, quiet: Path) -> None:
+    """Weights, optimizer and scheduler, the best checkpoint and why, and every curve."""
+    for name in ("last.ckpt", "best.ckpt"):
+        ours, theirs = (load(folder / "checkpoints" / name) for folder in (run, quiet))
+        for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+            assert same(ours[key], theirs[key]), (name, key)
+    best, expected = (
+        next(s for s in content["callbacks"].values() if s.get("monitor") == "val/acc")
+        for content in (ours, theirs)
+    )
+    assert same(best["best_model_score"], expected["best_model_score"])
+    assert curves(run) == curves(quiet)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def wait_for(started: Started, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in started.out:
+        assert time.monotonic() < deadline, started.out
+        assert started.process.is_alive(), started.out
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, start_anywhere: Start) -> Path:
+    """The folder of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("quiet")
+    started = start_anywhere("fit", *RUN, folder=folder)
+    assert started.wait() == 0, started.out
+    return folder / "lightning_logs" / "version_0"
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest run that can go on."""
+    found = sorted(folder.glob("lightning_logs/version_*/checkpoints/last.ckpt"))
+    return found[-1].parents[1] if found else None
+
+
+def go_on(start: Start, folder: Path) -> Started:
+    return start("fit", "--ckpt", "last") if newest(folder) else start("fit", *RUN)
+
+
+def kill_at_random(started: Started, chance: random.Random) -> None:
+    """Kills a run at a random moment of its training, or while it writes a checkpoint."""
+    folder, process = started.output.parent, started.process
+    while TRAINS not in started.out and process.is_alive():
+        time.sleep(0.001)
+    wanted, end = chance.choice(["any", "last", "best"]), time.monotonic() + chance.uniform(0, 1.5)
+    while process.is_alive() and time.monotonic() < end:
+        halves = folder.glob(f"lightning_logs/*/checkpoints/{wanted}.ckpt.part")
+        if wanted != "any" and any(halves):
+            break
+    process.kill()
+    process.join()
+
+
+def be_killed(start: Start, folder: Path, quiet: Path, times: int) -> None:
+    """Kills runs that go on, and compares each that reaches its end with the quiet one."""
+    chance, kills, ended = random.Random(times), 0, 0
+    while kills < times or not ended:
+        started = go_on(start, folder)
+        if kills < times:
+            kill_at_random(started, chance)
+            kills += started.process.exitcode == -signal.SIGKILL
+        else:
+            started.wait()
+        if started.process.exitcode == -signal.SIGKILL:
+            continue
+        assert started.process.exitcode == 0, started.out
+        run = newest(folder)
+        assert run
+        assert_same_run(run, quiet)
+        ended += 1
+        (folder / "lightning_logs").rename(folder / f"ended_{ended}")  # and once more
+
+
+def test_killed_runs_go_on_to_the_same_end(start: Start, tmp_path: Path, quiet: Path) -> None:
+    be_killed(start, tmp_path, quiet, times=3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(start: Start, tmp_path: Path, quiet: Path) -> None:
+    be_killed(start, tmp_path, quiet, times=20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_saves_says_how_to_go_on_and_ends(
+    start: Start, tmp_path: Path, quiet: Path, number: signal.Signals
+) -> None:
+    stopped = start("fit", *RUN)
+    wait_for(stopped, TRAINS)
+    os.kill(stopped.process.pid, number)
+    assert stopped.wait() == 128 + number
+    assert "Traceback" not in stopped.out
+    command = "python train.py fit --ckpt lightning_logs/version_0/checkpoints/last.ckpt"
+    assert f"Go on with: {command}\n" in stopped.out
+    assert load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt")["global_step"] < 75
+    resumed = start(*command.split()[2:])
+    assert resumed.wait() == 0, resumed.out
+    assert_same_run(tmp_path / "lightning_logs/version_0", quiet)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(start: Start, tmp_path: Path) -> None:
+    # One step takes in all batches: it would go on for minutes.
+    endless = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=100000"]
+    started = start("fit", *RUN, *endless)
+    wait_for(started, TRAINS)
+    os.kill(started.process.pid, signal.SIGINT)
+    wait_for(started, "once more ends it at once")
+    os.kill(started.process.pid, signal.SIGINT)
+    assert started.wait(5) == 130
+    assert "Traceback" not in started.out
+    assert not list(tmp_path.glob("lightning_logs/*/checkpoints/last*"))
+
+
+def test_a_signal_before_training_ends_it_without_a_traceback(start: Start, tmp_path: Path) -> None:
+    started = start("fit", *RUN)
+    wait_for(started, "Precision")
+    os.kill(started.process.pid, signal.SIGTERM)
+    assert started.wait() == 143
+    assert "Traceback" not in started.out
+
+
+def test_workers_leave_signals_to_the_main_process() -> None:
+    data = CIFARDataModule(dataset="digits", val_size=200, num_workers=1)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        assert worker.pid
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 12
+    assert worker.is_alive()
