@@ -2,9 +2,13 @@
 
 import copy
 import datetime
+import json
+import platform
 import shlex
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from torch import Tensor
 from checkpoints import write
 from report import (
     Predictions,
+    as_json,
     as_png,
     confusion_figure,
     confusions,
@@ -48,6 +53,11 @@ class SayTimeOnCPU(Callback):
     """Says how long training will take where the CPU has to do it."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1 or trainer.accumulate_grad_batches > 1:
+            say(
+                f"Global batch: {global_batch(trainer)} images for each optimizer step, of "
+                f"{trainer.world_size} processes × {trainer.accumulate_grad_batches} batches"
+            )
         if pl_module.device.type != "cpu":
             return
         seconds = seconds_per_step(trainer, pl_module) * trainer.num_training_batches
@@ -292,15 +302,87 @@ class Pictures(Callback):
 
 
 class SaveRun(SaveConfigCallback):
-    """Saves config.yaml, and shows it in TensorBoard with the command that was given."""
+    """Writes down what a run is: its options in config.yaml, its circumstances in run.json.
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.logger, TensorBoardLogger):
+    TensorBoard shows the options, too, with the command that was given.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # all processes have to ask for it
+        if stage == "fit" and trainer.is_global_zero and folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             config = self.parser.dump(self.config, skip_none=False)
+            write(Path(folder) / "config.yaml", config)
+            file = Path(folder) / "run.json"
+            starts = json.loads(file.read_text()) if file.is_file() else []
+            write(file, as_json([*starts, self.start(trainer)]))
+            self.show(trainer, config)
+
+    def start(self, trainer: Trainer) -> dict[str, Any]:
+        """What a run has to be started with to be repeated; it may have been started many times."""
+        seed = self.config.get("seed_everything")
+        return {
+            "command": shlex.join(["python", *sys.argv]),
+            "seed": seed,
+            "processes": trainer.world_size,
+            "global_batch": global_batch(trainer),
+            "threads": torch.get_num_threads(),
+            **circumstances(trainer),
+        }
+
+    def show(self, trainer: Trainer, config: str) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger):
             command = shlex.join(["python", *sys.argv])
             text = f"    {command}\n\nwith all its options, as in config.yaml:\n\n"
             text += "".join(f"    {line}\n" for line in config.splitlines())
             trainer.logger.experiment.add_text("run", text, trainer.current_epoch)
+
+
+def global_batch(trainer: Trainer) -> int:
+    """Training images that an optimizer step takes, all processes together."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def circumstances(trainer: Trainer) -> dict[str, Any]:
+    """What a figure has to be read with."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    packages = ("torch", "torchvision", "lightning", "torchmetrics")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "data": {
+            "dataset": data.dataset,
+            "checksum": data.checksum,
+            "evaluation": data.evaluation,
+        },
+        "device": accelerator_name(trainer),
+        "precision": trainer.precision,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+    }
+
+
+def accelerator_name(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def commit() -> dict[str, Any] | None:
+    """The project's git commit, and whether files differ from it; None where git can't say."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def class_names(module: Any) -> list[str]:

@@ -79,6 +79,12 @@ class Interruptions(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.logged = checkpoint.get("logged", {})
+        # In a folder that has been moved the best checkpoint would not be known for the best.
+        path = trainer.ckpt_path
+        if path and (folder := last_checkpoint(trainer)) == Path(path).absolute():
+            for state in checkpoint["callbacks"].values():
+                if state.get("dirpath"):
+                    move(state, str(folder.parent))
 
     @rank_zero_only
     def log_what_was_lost(self, trainer: Trainer) -> None:
@@ -164,6 +170,18 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     """Where the run's last.ckpt is, or is going to be."""
     folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return Path(folders[0]) / "last.ckpt" if folders and folders[0] else None
+
+
+def move(state: dict[str, Any], folder: str) -> None:
+    """Has the state of a ModelCheckpoint speak of another folder."""
+
+    def moved(path: str) -> str:
+        return str(Path(folder) / Path(path).name) if path else path
+
+    state["dirpath"] = folder
+    state["best_k_models"] = {moved(k): v for k, v in state["best_k_models"].items()}
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = moved(state[name])
 
 
 def requeue() -> None:

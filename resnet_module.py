@@ -229,8 +229,8 @@ class ResNetModule(LightningModule):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.rate = 0.0  # the learning rate at the start of the epoch
-        # Steps before it, and the losses, of each batch that nobody has looked at yet.
-        self._unchecked: list[tuple[int, Tensor]] = []
+        # Steps before it, learning rate and losses of each batch that nobody has looked at yet.
+        self._unchecked: list[tuple[int, float | Tensor, Tensor]] = []
         self._interrupted: dict[str, Any] | None = None  # what an epoch had come to
 
     def setup(self, stage: str) -> None:
@@ -271,7 +271,8 @@ class ResNetModule(LightningModule):
         images, labels = batch
         logits = self.many_steps(images, labels) if self.many_steps else self(images)
         losses = self._score(logits, labels, self.train_metrics)
-        self._unchecked.append((self.trainer.global_step, losses.detach()))
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._unchecked.append((self.trainer.global_step, rate, losses.detach()))
         if len(self._unchecked) >= self.CHECK_EVERY:
             self.check_losses()
         loss = losses.mean()
@@ -318,9 +319,9 @@ class ResNetModule(LightningModule):
         if not unchecked:
             return
         last = self.trainer.global_step
-        bad = last + 1  # none
-        if not torch.cat([losses for _, losses in unchecked]).isfinite().all():
-            step, losses = next((s, x) for s, x in unchecked if not x.isfinite().all())
+        bad, rate = last + 1, unchecked[-1][1]  # none so far
+        if not torch.cat([losses for _, _, losses in unchecked]).isfinite().all():
+            step, rate, losses = next(part for part in unchecked if not part[2].isfinite().all())
             image = int((~losses.isfinite()).nonzero()[0])
             # The fast path takes many steps at once.
             bad = step + image // self.trainer.datamodule.batch_size if self.many_steps else step  # type: ignore[attr-defined]
@@ -328,13 +329,12 @@ class ResNetModule(LightningModule):
             number = torch.tensor(float(bad), device=self.device)
             bad = int(self.trainer.strategy.reduce(number, reduce_op="min"))
         if bad <= last:
-            self._refuse(f"the loss is not finite (nan or inf) in step {bad + 1}")
+            self._refuse(f"the loss is not finite (nan or inf) in step {bad + 1}", rate)
 
-    def _refuse(self, fault: str) -> None:
-        rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+    def _refuse(self, fault: str, rate: float | Tensor) -> None:
         raise FloatingPointError(
-            f"{fault}, in epoch {self.current_epoch + 1}, at a learning rate of {rate:g}: training "
-            "has stopped, and its checkpoints are those from before. Try a lower rate "
+            f"{fault}, in epoch {self.current_epoch + 1}, at a learning rate of {float(rate):g}: "
+            "training has stopped, and its checkpoints are those from before. Try a lower rate "
             "(--model.optimizer.lr) or --trainer.gradient_clip_val 1"
         )
 
@@ -399,7 +399,8 @@ class ResNetModule(LightningModule):
             value for value in checkpoint["state_dict"].values() if value.is_floating_point()
         ]
         if not torch.stack([value.isfinite().all() for value in weights]).all():
-            self._refuse("a weight of the network is not finite (nan or inf)")
+            step = self.trainer.global_step
+            self._refuse(f"a weight is not finite (nan or inf) after step {step}", self.rate)
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             metrics = {name: totals(metric) for name, metric in self.train_metrics.items(True)}
             checkpoint["interrupted_epoch"] = {"rate": self.rate, "metrics": metrics}

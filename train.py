@@ -10,16 +10,13 @@
 Every option can also stand in a YAML file given with --config, as those in recipes/ do.
 """
 
-import datetime
 import hashlib
 import json
 import logging
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +38,8 @@ from callbacks import (
     SaveRun,
     SayTimeOnCPU,
     Throughput,
+    circumstances,
+    global_batch,
     gpu_found,
     say,
     shown,
@@ -271,7 +270,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
         config = self.config[self.subcommand].trainer
         config_init = self.config_init[self.subcommand]
-        callbacks = config_init.trainer.callbacks or []
+        callbacks = as_list(config_init.trainer.callbacks)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.enable_progress_bar is not False and not own_bar:
             callbacks.append(Progress())
@@ -297,8 +296,7 @@ class CLI(LightningCLI):
                 # Epochs that are trained once more replace those that a killed run has logged.
                 purge_step=epochs_behind(self.content) + 1 if self.run else None,
             )
-        plugins = config_init.trainer.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = as_list(config_init.trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles()]
         if self.subcommand == "predict" and config.devices == "auto":
@@ -356,6 +354,7 @@ class CLI(LightningCLI):
             "lr": self.trainer.optimizers[0].defaults["lr"],
             "epochs": config.trainer.max_epochs,
             "precision": config.trainer.precision,
+            "global_batch": global_batch(self.trainer),
             "seed": config.seed_everything,
         }
 
@@ -382,27 +381,14 @@ class CLI(LightningCLI):
         say(f"Written to {shown(self.checkpoint.parent)}/: {', '.join(files)}")
 
     def _circumstances(self) -> dict[str, Any]:
-        """What a figure has to be read with."""
         assert self.checkpoint is not None
-        data = self.datamodule
-        packages = ("torch", "torchvision", "lightning", "torchmetrics")
         return {
             "command": self.subcommand,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "checkpoint": {
                 "path": str(self.checkpoint),
                 "sha256": hashlib.sha256(self.checkpoint.read_bytes()).hexdigest(),
             },
-            "data": {
-                "dataset": data.dataset,
-                "checksum": data.checksum,
-                "evaluation": data.evaluation,
-            },
-            "precision": self.trainer.precision,
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in packages},
-            },
+            **circumstances(self.trainer),
         }
 
     def predict(self, images: Any = None, output: str | None = None, **kwargs: Any) -> None:
@@ -452,6 +438,11 @@ def check_table(output: str, images: list[str] | None) -> None:
         fail(f"output is {output!r}: there is no folder {str(path.parent)!r}")
     if not images:
         fail(f"output is {output!r}, but there are no images: give --images")
+
+
+def as_list(option: Any) -> list[Any]:
+    """What Lightning takes as one, as many or as none."""
+    return option if isinstance(option, list) else [] if option is None else [option]
 
 
 def in_one_word(choice: Any) -> str:
@@ -505,7 +496,6 @@ def main() -> None:
                     "max_epochs": 80,
                     "log_every_n_steps": 10,
                 },
-                save_config_kwargs={"overwrite": True},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
             )

@@ -1,18 +1,24 @@
 """Runs that are killed, interrupted or cannot write: they end in the weights of a quiet one."""
 
+import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_DIGITS, Start, Started
+from conftest import SMALL_DIGITS, Run, Start, Started
+from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import callbacks
 from cifar_datamodule import CIFARDataModule
 
 EPOCHS = 3
@@ -186,3 +192,128 @@ def test_workers_leave_signals_to_the_main_process() -> None:
         os.kill(worker.pid, number)
     assert len(list(batches)) == 12
     assert worker.is_alive()
+
+
+@pytest.fixture
+def under_way(start: Start) -> Started:
+    """A run that has an epoch behind it, and checkpoints of that."""
+    started = start("fit", *RUN, "--trainer.max_epochs=1000")
+    wait_for(started, "Epoch 2/")
+    return started
+
+
+def assert_ends_in_one_sentence(started: Started, *parts: str) -> None:
+    assert started.wait() == 1
+    lines = [line for line in started.out.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, started.out
+    for part in parts:
+        assert part in lines[0]
+    assert "Traceback" not in started.out
+
+
+def test_a_full_disk_leaves_the_checkpoints_whole(under_way: Started, tmp_path: Path) -> None:
+    folder = tmp_path / "lightning_logs/version_0/checkpoints"
+    too_little = (folder / "last.ckpt").stat().st_size - 1
+    os.kill(under_way.process.pid, signal.SIGSTOP)
+    resource.prlimit(under_way.process.pid, resource.RLIMIT_FSIZE, (too_little, too_little))
+    os.kill(under_way.process.pid, signal.SIGCONT)
+    assert_ends_in_one_sentence(
+        under_way, ".ckpt could not be written: File too large", "before is still there, whole"
+    )
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert load(folder / "last.ckpt")["epoch"] >= 1
+    assert load(folder / "best.ckpt")["class_names"]
+
+
+def test_a_folder_that_goes_is_missed(under_way: Started, tmp_path: Path) -> None:
+    folder = tmp_path / "lightning_logs/version_0/checkpoints"
+    folder.rename(tmp_path / "kept")
+    assert_ends_in_one_sentence(
+        under_way, "could not be written: No such file or directory", "checkpoints is gone"
+    )
+    assert not folder.exists()
+    assert load(tmp_path / "kept/last.ckpt")["epoch"] >= 1
+
+
+def test_a_folder_that_may_not_be_written_is_named(under_way: Started, tmp_path: Path) -> None:
+    folder = tmp_path / "lightning_logs/version_0/checkpoints"
+    folder.rename(tmp_path / "kept")
+    folder.touch()  # root, as whom tests may run, could write into a read-only folder
+    assert_ends_in_one_sentence(under_way, f"{folder}", "could not be written: Not a directory")
+
+
+@pytest.mark.parametrize("val_size", [200, 0])
+def test_a_loss_that_is_not_finite_stops_the_run(run: Run, val_size: int) -> None:
+    """The rate is one that no network stands, after an epoch and not within it."""
+    Path("step.yaml").write_text(
+        "model:\n  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.01}}\n"
+        "  lr_scheduler:\n    class_path: torch.optim.lr_scheduler.StepLR\n"
+        "    init_args: {step_size: 1, gamma: 1.0e+30}\n"
+    )
+    options = [*SMALL_DIGITS, "--data.batch_size=50", "--config=step.yaml"]
+    outcome = run("fit", *options, f"--data.val_size={val_size}", "--trainer.max_epochs=3")
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    first = 25 if val_size else 29  # steps of the epoch that went well
+    found = re.search(
+        r"not finite .* in step (\d+), in epoch 2, at a learning rate of 1e\+28", line
+    )
+    assert found, line
+    assert first < int(found[1]) <= first + 5
+    for name in ("last", "best"):
+        content = load(Path(f"lightning_logs/version_0/checkpoints/{name}.ckpt"))
+        assert content["epoch"] == 0
+        assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(run: Run) -> None:
+    """The last step of an epoch may spoil what its loss did not show."""
+    spoilt = "--trainer.callbacks=test_interruptions.SpoilTheLastStep"
+    outcome = run("fit", *SMALL_DIGITS, "--trainer.max_epochs=2", "--data.val_size=0", spoilt)
+    assert outcome.code == 1
+    assert "error: a weight is not finite (nan or inf) after step 16, in epoch 2" in outcome.err
+    assert load(Path("lightning_logs/version_0/checkpoints/last.ckpt"))["epoch"] == 0
+
+
+class SpoilTheLastStep(Callback):
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.get_parameter("network.fc.bias").data[0] = float("nan")
+
+
+def test_a_moved_run_keeps_its_best(start: Start, tmp_path: Path) -> None:
+    """Also in another place the best checkpoint is only replaced by a better one."""
+    first = start("fit", *RUN, "--trainer.max_epochs=1")
+    assert first.wait() == 0, first.out
+    (tmp_path / "lightning_logs").rename(tmp_path / "moved")
+    best, last = (tmp_path / f"moved/version_0/checkpoints/{n}.ckpt" for n in ("best", "last"))
+    content = load(last)
+    state = next(s for s in content["callbacks"].values() if s.get("monitor") == "val/acc")
+    state["best_model_score"] = torch.tensor(1.0)  # not to be beaten
+    for entry in state["best_k_models"]:
+        state["best_k_models"][entry] = torch.tensor(1.0)
+    state["kth_value"] = torch.tensor(1.0)
+    torch.save(content, last)
+    before = best.read_bytes()
+    resumed = start("fit", "--ckpt", str(last), "--trainer.max_epochs=2")
+    assert resumed.wait() == 0, resumed.out
+    assert best.read_bytes() == before
+    assert "moved/version_0/checkpoints/best.ckpt (val/acc 1.0000), after epoch 1" in resumed.out
+
+
+def test_a_run_says_what_it_was_made_with(run: Run) -> None:
+    run("fit", *SMALL_DIGITS, "--trainer.max_epochs=1", "--seed_everything=5")
+    run("fit", "--ckpt=last", "--trainer.max_epochs=2")
+    first, second = json.loads(Path("lightning_logs/version_0/run.json").read_text())
+    assert first["seed"] == second["seed"] == 5
+    assert "--seed_everything=5" in first["command"]
+    assert "--ckpt=last" in second["command"]
+    data = CIFARDataModule(dataset="digits", val_size=200)
+    data.setup("fit")
+    assert first["data"]["checksum"] == data.checksum
+    assert first["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert first["global_batch"] == 200
+    project = Path(callbacks.__file__).parent
+    git = ["git", "-C", str(project), "rev-parse", "HEAD"]
+    expected = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    assert (first["commit"] or {"id": ""})["id"] == expected
