@@ -147,7 +147,8 @@ class Started:
         self.output = folder / f"output_{len(list(folder.glob('output_*')))}.txt"
         self.output.touch()
         self.process = PROCESSES.Process(
-            target=be_the_command, args=(args, folder, self.output, {**os.environ, **env})
+            target=be_the_command,
+            args=(args, folder, self.output, {**os.environ, "OMP_NUM_THREADS": "1", **env}),
         )
         self.process.start()
 
