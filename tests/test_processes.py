@@ -6,7 +6,11 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_interruptions import curves, load, wait_for
 
+import train
 from cifar_datamodule import CIFARDataModule, TrainingOrder
 
 IMAGES = 1437 - 200  # that train
@@ -235,3 +240,111 @@ def test_orders_of_the_processes_make_up_that_of_one(processes: int) -> None:
         together = [position for turn in zip(*parts, strict=True) for position in turn]
         assert together[: IMAGES - behind] == whole[behind:]
         assert len(together) < IMAGES - behind + processes
+
+
+PROJECT = Path(train.__file__).parent
+# What the launchers of others do is slow, for each of their processes imports everything.
+PLAIN = [*RUN[:-1], "--trainer.max_epochs=1000"]
+
+
+def python(*args: str, folder: Path, **env: str) -> subprocess.Popen[str]:
+    """Starts python with these arguments as a group of processes of its own."""
+    return subprocess.Popen(
+        [sys.executable, *args],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=(folder / "out.txt").open("a"),
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_lightning_launches_processes_and_ctrl_c_saves_them(tmp_path: Path) -> None:
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    script = str(PROJECT / "train.py")
+    started = python(script, "fit", *PLAIN, *options, folder=tmp_path)
+    last = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
+    wait_until(last.is_file)
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(30) == 130
+    out = (tmp_path / "out.txt").read_text()
+    assert out.count("Go on with: python ") == 1
+    assert "Traceback" not in out
+    assert load(last)["CIFARDataModule"]["seen"] % 100 in (0, (IMAGES + 1) % 100)
+
+
+@pytest.mark.slow
+def test_torchrun_joins_two_nodes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+        torchrun += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        options = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+        args = [*torchrun, str(PROJECT / "train.py"), "fit", *PLAIN, *options]
+        nodes.append(python(*args, "--trainer.max_epochs=1", folder=tmp_path / str(rank)))
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    first = (tmp_path / "0/out.txt").read_text()
+    assert "Global batch: 100 images for each optimizer step, of 2 processes" in first
+    assert not (tmp_path / "1/lightning_logs/version_0/config.yaml").exists()
+    content = load(tmp_path / "0/lightning_logs/version_0/checkpoints/last.ckpt")
+    assert content["global_step"] == 13
+
+
+SRUN = """#!/usr/bin/env bash
+export SLURM_NTASKS=2 SLURM_JOB_NAME=cifar SLURM_STEP_NODELIST=127.0.0.1 SLURM_NODELIST=127.0.0.1
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 "$@" &
+    echo $! >> srun_pids
+done
+wait -n; code=$?; wait; exit $code
+"""
+
+
+@pytest.mark.slow
+def test_slurm_starts_the_job_anew_and_its_script_goes_on(tmp_path: Path) -> None:
+    """With stand-ins for srun, which starts a process on each of two nodes, and for scontrol."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "srun").write_text(SRUN)
+    (commands / "scontrol").write_text('#!/usr/bin/env bash\necho "$@" >> scontrol_calls\n')
+    (commands / "python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {PROJECT}/"$@"\n')
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": "4217",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+    }
+
+    def job(*options: str) -> subprocess.Popen[bytes]:
+        script = ["bash", str(PROJECT / "recipes/slurm.sh"), *PLAIN, *options]
+        out = (tmp_path / "out.txt").open("a")
+        return subprocess.Popen(script, cwd=tmp_path, env=env, stdout=out, stderr=out)
+
+    first = job()
+    last = tmp_path / "runs/4217/lightning_logs/version_0/checkpoints/last.ckpt"
+    wait_until(last.is_file)
+    for pid in (tmp_path / "srun_pids").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+    assert first.wait(30) == 128 + signal.SIGUSR1
+    assert (tmp_path / "scontrol_calls").read_text() == "requeue 4217\n"
+    epoch = load(last)["epoch"]
+    assert job(f"--trainer.max_epochs={epoch + 2}").wait(120) == 0
+    assert load(last)["epoch"] == epoch + 1
+    assert len(list((tmp_path / "runs/4217/lightning_logs").iterdir())) == 1
+    assert "Traceback" not in (tmp_path / "out.txt").read_text()
