@@ -25,10 +25,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -54,6 +53,15 @@ from checkpoints import (
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
 from export import Pixels, check_output, export
+from options import (
+    Parser,
+    check_callbacks,
+    check_optimizer,
+    check_validation,
+    check_values,
+    explained,
+    refused,
+)
 from resnet_module import ResNetModule
 
 LOGS = "lightning_logs"
@@ -103,6 +111,10 @@ class Trainer(LightningTrainer):
         )
 
 
+class PeriodicCheckpoint(ModelCheckpoint):
+    """A class of its own, for Lightning to tell it from last_checkpoint if it saves as often."""
+
+
 class CLI(LightningCLI):
     """LightningCLI with checkpoints that are found by name and bring their own options."""
 
@@ -121,7 +133,8 @@ class CLI(LightningCLI):
             "others, which is also their default. They take a bare network's state_dict as well.",
         )
         for name, defaults in CHECKPOINTS.items():
-            parser.add_lightning_class_args(ModelCheckpoint, name)
+            kind = PeriodicCheckpoint if name == "periodic_checkpoint" else ModelCheckpoint
+            parser.add_lightning_class_args(kind, name)
             parser.set_defaults({f"{name}.{k}": v for k, v in {**COMMON, **defaults}.items()})
         parser.add_lightning_class_args(CUDAGraphs, "cuda_graphs")
         parser.add_lightning_class_args(Pictures, "pictures")
@@ -160,6 +173,16 @@ class CLI(LightningCLI):
         return options.get("num_classes") or data.num_classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            self._parse(parser, args)
+        except OSError:
+            raise
+        except UnicodeDecodeError as error:
+            fail(f"a config file is no text in UTF-8: {error}")
+        except Exception as error:  # a config file can hold anything
+            fail(f"the options cannot be read: {explained(error)}")
+
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
         if any(arg.startswith("--print_config") for arg in sys.argv):
             # What is printed holds on any machine; a file that names the GPU would insist on one.
@@ -179,6 +202,7 @@ class CLI(LightningCLI):
             root = Path(options.get("trainer.default_root_dir") or ".")
             self._take_options(find_checkpoint(name, command, root / LOGS), command)
         super().parse_arguments(parser, args)
+        check_values(self.config[command].as_dict(), list(CHECKPOINTS))
         self._settle(self.config[command], command, "trainer.precision" in options)
         self._check(self.config[command], command)
 
@@ -201,6 +225,10 @@ class CLI(LightningCLI):
 
     def _check(self, config: Any, command: str) -> None:
         """Refuses what cannot be done, before anything is."""
+        if config.get("weights_only") is False:
+            fail("weights_only is False, but a checkpoint is never read as code: leave it out")
+        if command == "fit":
+            check_validation(config)
         if command == "fit" and self.checkpoint:
             self._check_resume(config)
         if command == "predict" and config.output:
@@ -221,12 +249,18 @@ class CLI(LightningCLI):
         folder = checkpoint.absolute().parent
         config_file = folder.parent / "config.yaml"
         if command == "fit" and folder.name == "checkpoints" and config_file.is_file():
-            run_options = yaml.safe_load(config_file.read_text())
-            for section in ("seed_everything", "trainer", *CHECKPOINTS):
-                options[section] = run_options[section]
+            try:
+                run_options = yaml.safe_load(config_file.read_text())
+                for section in ("seed_everything", "trainer", *CHECKPOINTS):
+                    options[section] = run_options[section]
+            except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:
+                fail(f"{config_file} is damaged: {explained(error)}")
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = folder.parent if checkpoint.name == "last.ckpt" else None
-        self._parser(command).set_defaults(flatten(options))
+        try:
+            self._parser(command).set_defaults(flatten(options))
+        except Exception as error:  # whatever the file holds
+            fail(f"{checkpoint} has options that cannot be used: {explained(error)}")
 
     def _check_resume(self, config: Any) -> None:
         """Refuses what a resumed run would ignore, before anything is written."""
@@ -248,8 +282,16 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            fail(str(error))
+        except Exception as error:  # of all classes that an option can name
+            fail(explained(error))
+        if self.subcommand == "fit":
+            config = self.config["fit"]
+            chosen = {
+                name: in_one_word(config.model[name]) for name in ("optimizer", "lr_scheduler")
+            }
+            check_optimizer(self.model, config.trainer.max_epochs, chosen)
+        options = {self.config_init[self.subcommand][name]: name for name in CHECKPOINTS}
+        check_callbacks(self.trainer, self.model, options)
         if self.checkpoint and is_network(self.content):
             self.model.load_network(self.content.get("state_dict", self.content), self.checkpoint)
         elif self.subcommand == "export":
@@ -260,6 +302,7 @@ class CLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if self.checkpoint and not is_network(self.content) and subcommand != "export":
             kwargs["ckpt_path"] = str(self.checkpoint)
+            kwargs["weights_only"] = True  # whatever the environment says
         return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
@@ -291,6 +334,14 @@ class CLI(LightningCLI):
             if self.subcommand != "fit":  # which says so itself, with the time that it will take
                 say("No GPU found: running on the CPU")
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[Callback]
+    ) -> LightningTrainer:
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except Exception as error:  # of what Lightning tries: devices, plugins, loggers, ...
+            fail(f"trainer cannot be set up: {explained(error)}")
 
     def before_fit(self) -> None:
         self.start = time.perf_counter()
@@ -444,7 +495,7 @@ def in_one_word(choice: Any) -> str:
     listed = ", ".join(
         f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in choice.get("init_args", {}).items()
-        if value not in (None, False) and name != "last_epoch"
+        if value is not None and value is not False and name != "last_epoch"
     )
     return f"{choice['class_path'].split('.')[-1]}({listed})"
 
@@ -485,6 +536,7 @@ def main() -> None:
             CIFARDataModule,
             SaveRun,
             trainer_class=Trainer,
+            parser_class=Parser,
             trainer_defaults={
                 "accelerator": "gpu",
                 "max_epochs": 80,
@@ -494,8 +546,11 @@ def main() -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
         )
-    except (MisconfigurationException, OSError) as error:
-        fail(str(error), exit_code=1)
+    except Exception as error:
+        sentence = refused(error)
+        if sentence is None:
+            raise
+        fail(sentence, exit_code=1)
 
 
 if __name__ == "__main__":
