@@ -56,7 +56,7 @@ LATE = ("lightning.pytorch.loops", "lightning.pytorch.trainer")
 MOST_STEPS = 1000  # of a scheduler that is tried out
 
 UNKNOWN = re.compile(
-    r"unrecognized arguments: ([^=\s]+)|not accept option '([^']+)'|Option '([^']+)' is not accept"
+    r"unrecognized arguments: ?([^=\s]*)|not accept option '([^']+)'|Option '([^']+)' is not accept"
 )
 MISSING = re.compile(r"the following arguments are required: ([^\n]+)")
 AMBIGUOUS = re.compile(r"Multiple subclasses with name ([^\n]+)")
@@ -82,7 +82,7 @@ def in_one_sentence(message: str, parser: LightningArgumentParser) -> str:
     keys = list(dict.fromkeys(KEY.findall(message)))
     name = ".".join(keys)
     if len(keys) < 2 and (unknown := UNKNOWN.search(message)):
-        return unknown_option(next(filter(None, unknown.groups())), name, parser)
+        return unknown_option(unknown[unknown.lastindex or 0], name, parser)
     if keys and (missing := MISSING.search(message)):
         return f"{name} needs {missing[1]}"
     if keys and (ambiguous := AMBIGUOUS.search(message)):
@@ -106,7 +106,7 @@ def unknown_option(name: str, inside: str, parser: LightningArgumentParser) -> s
     close = difflib.get_close_matches(name.removeprefix(dashes), known, n=1)
     hint = f" (do you mean {dashes}{close[0]}?)" if close and not inside else ""
     command = parser.prog.replace(" [options]", "")
-    full = f"{inside}.{name}" if inside else name
+    full = f"{inside}.{name}" if inside else name or "''"
     return f"there is no option {shortened(full)}{hint}: see python {command} --help"
 
 
@@ -138,6 +138,9 @@ def leaves(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_values(config: dict[str, Any], checkpoints: list[str]) -> None:
     """Fails on values that nothing can be done with, and on Trainer's that are out of range."""
+    for section in ("trainer", "model", "data", "cuda_graphs", "pictures", *checkpoints):
+        if not isinstance(config[section], dict):
+            fail(f"{section} is {shortened(config[section])}: it takes options")
     ranges = RANGES | {f"{c}.{key}": r for c in checkpoints for key, r in CHECKPOINT_RANGES.items()}
     for name, value in leaves(config):
         if isinstance(value, str) and not value.isprintable():
@@ -201,8 +204,6 @@ def check_optimizer(module: Any, epochs: int | None, shown: dict[str, str]) -> N
         try:
             optimizer = module.optimizer(doubles)
             take_step(optimizer)
-            if not all(double.isfinite().all() for double in doubles):
-                raise ValueError(f"a step with lr {rate(optimizer):g} is not finite")
             if not rate(optimizer) > 0:
                 raise ValueError(f"lr is {rate(optimizer):g}: it must be more than 0")
             part = "lr_scheduler"
@@ -232,8 +233,8 @@ def try_scheduler(module: Any, optimizer: Optimizer, steps: int) -> None:
 
 
 def metrics_of(module: Any) -> list[str]:
-    """What the module logs, and callbacks may look at; those of single classes aside."""
-    return ["lr", "loss", *module.train_metrics, *module.val_metrics]
+    """What is logged, for callbacks to look at; a metric of your own belongs here or into these."""
+    return ["lr", "loss", "images_per_second", *module.train_metrics, *module.val_metrics]
 
 
 def not_logged(monitor: str, module: Any) -> str:
