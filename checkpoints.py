@@ -70,6 +70,8 @@ def check_whole(path: Path, content: dict[str, Any]) -> None:
     for name in ("state_dict", "hyper_parameters", "epoch"):
         if name not in content:
             fail(f"{path} is damaged: it has no {name}")
+    if not all(isinstance(name, str) for name in content["class_names"]):
+        fail(f"{path} is damaged: its class_names are no names")
 
 
 def is_network(checkpoint: dict[str, Any]) -> bool:

@@ -112,7 +112,13 @@ class Trainer(LightningTrainer):
 
 
 class PeriodicCheckpoint(ModelCheckpoint):
-    """A class of its own, for Lightning to tell it from last_checkpoint if it saves as often."""
+    """Lightning's, that can save as often as last_checkpoint does."""
+
+    @property
+    def state_key(self) -> str:
+        key = super().state_key
+        # As it always was, but where it would be that of last_checkpoint.
+        return key if self._every_n_epochs == 1 else key.replace("Periodic", "Model", 1)
 
 
 class CLI(LightningCLI):
@@ -257,8 +263,10 @@ class CLI(LightningCLI):
                 fail(f"{config_file} is damaged: {explained(error)}")
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = folder.parent if checkpoint.name == "last.ckpt" else None
+        defaults, subparser = flatten(options), self._parser(command)
         try:
-            self._parser(command).set_defaults(flatten(options))
+            subparser.parse_object(defaults, defaults=False)  # defaults are not checked
+            subparser.set_defaults(defaults)
         except Exception as error:  # whatever the file holds
             fail(f"{checkpoint} has options that cannot be used: {explained(error)}")
 
