@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from test_options import only_sentence
+from test_options import build_one_parser, only_sentence
 
 from resnet_module import ResNetModule
 
 OLDER = Path(__file__).parent / "older.ckpt"  # of 2 epochs on the digits, before options.py
 KEY = next(iter(torch.load(OLDER, weights_only=True)["callbacks"]))
 DIGITS = ["--data.dataset=digits", "--data.val_size=200"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_one_parser(monkeypatch)
 
 
 class Malicious:
@@ -78,7 +83,8 @@ def test_bad_files_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch, kind: 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     content, sentence = BAD[kind]
     write(content(), path := Path("bad.ckpt"))
-    for command in ("test", "fit") if kind != "malicious" else ("test", "fit", "predict", "export"):
+    commands = ("test", "fit", "predict", "export") if kind == "malicious" else ("test", "fit")
+    for command in commands:
         output = ["--output=x.pt2"] if command == "export" else []
         found = only_sentence(run(command, "--ckpt", str(path), *output), codes=(1, 2))
         assert sentence in found or "bare network, which fit cannot" in found

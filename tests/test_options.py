@@ -39,10 +39,15 @@ WRONG = [
     (f"{SCHEDULER}ReduceLROnPlateau", "model.lr_scheduler is ambiguous"),
     # Impossible values of the data and the network.
     ("--data.batch_size=1000000000000", "batch_size is 1000000000000: it must be 1,000,000 at"),
+    ("--data.batch_size=0", "batch_size is 0: it must be 1 or more"),
+    ("--data.val_size=-1", "val_size is -1: it must be 0 or more"),
+    ("--data.dataset=cifar11", "dataset is 'cifar11': choose"),
     ("--data.eval_batch_size=0", "eval_batch_size is 0: it must be 1 or more"),
     ("--data.num_workers=-1", "num_workers is -1: it must be 0 or more"),
     ("--data.image_size=1000000", "image_size is 1000000: it must be 1,024 at most"),
     ("--data.seed=-1", "seed is -1: it must be 0 or more"),
+    ("--model.width=0", "width is 0: it must be 1 to 4,096"),
+    ("--model.layers=[3,0,3]", "layers is (3, 0, 3)"),
     ("--model.width=1000000000", "width is 1000000000: it must be 1 to 4,096"),
     ("--model.layers=[1,1,1000000000]", "layers is (1, 1, 1000000000)"),
     ("--model.width=4096", "1.9e+10 parameters"),
@@ -177,15 +182,22 @@ def test_options_found_late_are_one_sentence(run: Run) -> None:
     assert "Traceback" not in outcome.err
 
 
+def build_one_parser(patch: pytest.MonkeyPatch) -> None:
+    """Leaves out the parsers of commands that are not given: they take most of the time."""
+    known = train.CLI.subcommands()
+
+    def used() -> dict[str, set[str]]:
+        return {name: known[name] for name in sys.argv[1:2] if name in known} or known
+
+    patch.setattr(train.CLI, "subcommands", staticmethod(used))
+
+
 def command_in(folder: Path, arguments: list[str]) -> Outcome:
     """`python train.py ARGUMENTS` in an empty folder, up to where the work would begin."""
     out, err = io.StringIO(), io.StringIO()
-    # Of the parsers only the one that is used: they take most of the time.
-    known = train.CLI.subcommands()
-    used = {arguments[0]: known[arguments[0]]} if arguments and arguments[0] in known else known
     code = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr(train.CLI, "subcommands", staticmethod(lambda: used))
+        build_one_parser(patch)
         patch.setattr(train.CLI, "_run_subcommand", lambda self, subcommand: None)
         patch.setattr(sys, "argv", ["train.py", *arguments])
         patch.setattr(sys, "stdin", io.StringIO())
