@@ -285,7 +285,7 @@ given_one = st.builds("--{}={}".format, st.sampled_from(NAMES), values)
 numeric = st.builds("--{}={}".format, st.sampled_from(NUMERIC), st.sampled_from(NUMBERS))
 section = st.builds("--{}={}".format, st.sampled_from(list(DEFAULTS)), values)
 arguments = st.one_of(
-    *(numeric, numeric, given_one, given_one),
+    *(numeric, numeric, numeric, given_one, given_one),
     st.builds("--{}={}".format, unknown, values),
     section | st.builds("--{}".format, st.sampled_from(NAMES)) | values,
 )
@@ -347,13 +347,13 @@ def cases(count: int) -> Any:
     )
 
 
-@cases(40)
+@cases(60)
 @given(command=commands, arguments=st.lists(arguments, min_size=1, max_size=2))
 def test_fuzz_options(command: str, arguments: list[str]) -> None:
     check([command, *arguments])
 
 
-@cases(40)
+@cases(60)
 @given(command=commands, config=configs)
 def test_fuzz_configs(command: str, config: bytes) -> None:
     check([command], config)
