@@ -172,9 +172,9 @@ def as_number(value: Any) -> float | None:
 
 def check_range(name: str, value: float, least: float, most: float, *others: float) -> None:
     if not (least <= value <= most or value in others):
-        first = "more than 0" if 0 < least < 1 else f"{least:g} or more"
+        first = "more than 0, up" if 0 < least < 1 else f"from {least:g}"
         also = "".join(f", or {other:g}" for other in others)
-        fail(f"{name} is {value:g}: it must be {first} and {most:,} at most{also}")
+        fail(f"{name} is {value:g}: it must be {first} to {most:,}{also}")
 
 
 def check_validation(config: Any) -> None:
@@ -256,7 +256,8 @@ def check_callbacks(
                 callback.format_checkpoint_name({name: torch.tensor(0) for name in known})
             except Exception as error:  # str.format fails in many ways
                 fail(f"{name}.filename is {callback.filename!r}: {explained(error)}")
-        if isinstance(callback, Timer) and callback.time_remaining() == 0:
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
             fail("trainer.max_time is no time at all: it must be more than 0")
 
 

@@ -51,7 +51,7 @@ WRONG = [
     ("--model.width=1000000000", "width is 1000000000: it must be 1 to 4,096"),
     ("--model.layers=[1,1,1000000000]", "layers is (1, 1, 1000000000)"),
     ("--model.width=4096", "1.9e+10 parameters"),
-    ("--seed_everything=-1", "seed_everything is -1: it must be 0 or more"),
+    ("--seed_everything=-1", "seed_everything is -1: it must be from 0 to 4,294,967,295"),
     ("--seed_everything=4294967296", "seed_everything is 4.29497e+09: it must be"),
     # Of the optimizer and the scheduler.
     ("--model.optimizer.lr=-1", "Adam(lr=-1"),
@@ -68,12 +68,16 @@ WRONG = [
         "monitor is foo: choose lr, loss, images",
     ),
     # Of Trainer, refused by itself or not.
-    ("--trainer.max_epochs=-5", "trainer.max_epochs is -5: it must be 1 or more"),
+    (
+        "--trainer.max_epochs=-5",
+        "trainer.max_epochs is -5: it must be from 1 to 1,000,000,000, or -1",
+    ),
     ("--trainer.max_steps=-7", "trainer.max_steps is -7"),
     ("--trainer.max_time=a", "Timer(duration='a')"),
     ("--trainer.max_time=00:00:00:00", "trainer.max_time is no time at all"),
+    ("--trainer.max_time.days=-1", "trainer.max_time is no time at all"),
     ("--trainer.limit_val_batches=.nan", "trainer.limit_val_batches is nan"),
-    ("--trainer.limit_train_batches=0", "trainer.limit_train_batches is 0: it must be more than"),
+    ("--trainer.limit_train_batches=0", "trainer.limit_train_batches is 0: it must be more"),
     ("--trainer.limit_train_batches=2.5", "2.5 for limit_train_batches"),
     ("--trainer.val_check_interval=14", "val_check_interval is 14: an epoch has 13 batches"),
     ("--trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch is 0"),
@@ -148,6 +152,7 @@ def test_configs_that_are_none(refuse: Run, tmp_path: Path, kind: str) -> None:
         (["fit", "--config", "nowhere.yaml"], "does not exist"),
         (["fit", "--config", os.path.dirname(__file__)], "is not a file"),
         (["fit", "--config"], "expected one argument"),
+        (["fit", "--data.root=\udcff"], "holds characters that cannot be printed"),
     ],
 )
 def test_commands_that_are_none(refuse: Run, arguments: list[str], sentence: str) -> None:
