@@ -76,6 +76,21 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+# Of a whole checkpoint; a network's weights alone are less.
+PARTS = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "class_names": list,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+
+
 def find_checkpoint(name: str | None, command: str, logs: Path) -> Path:
     """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it."""
     if name in (None, "auto"):
@@ -106,9 +121,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         fail(f"{path} is no checkpoint, or holds more than plain data ({type(error).__name__})")
     if not isinstance(content, dict):
         fail(f"{path} holds a {type(content).__name__}, not a checkpoint or a state_dict")
-    if "pytorch-lightning_version" in content and "class_names" not in content:
-        fail(f"{path} is a checkpoint of another project")
+    for name, kind in PARTS.items():
+        if name in content and not isinstance(content[name], kind):
+            fail(f"{path} is damaged: its {name} is a {type(content[name]).__name__}")
+    if not is_network(content):
+        check_whole(path, content)
     return content
+
+
+def check_whole(path: Path, content: dict[str, Any]) -> None:
+    """Refuses what is not of this project, or lacks what every use of it needs."""
+    if "class_names" not in content:
+        fail(f"{path} is a checkpoint of another project")
+    for name in ("state_dict", "hyper_parameters", "epoch"):
+        if name not in content:
+            fail(f"{path} is damaged: it has no {name}")
+    if not all(isinstance(name, str) for name in content["class_names"]):
+        fail(f"{path} is damaged: its class_names are no names")
 
 
 def is_network(checkpoint: dict[str, Any]) -> bool:
@@ -148,5 +177,8 @@ def flatten(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fail(message: str, exit_code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    """Ends the command with one line on stderr."""
+    line = " ".join(message.split())
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"error: {printable}", file=sys.stderr)
     sys.exit(exit_code)

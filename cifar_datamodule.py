@@ -89,13 +89,13 @@ class CIFARDataModule(LightningDataModule):
         dataset: `cifar10`, `cifar100`, `digits` (1,797 handwritten digits that come with
             scikit-learn: nothing to download) or the path of a folder of one's own images,
             sorted into `train/<class>/` and `test/<class>/`.
-        batch_size: Training images per batch, in each process.
-        eval_batch_size: Validation and test images per batch, in each process. Without one 1,000
-            on a GPU, and 100 on a CPU, whose caches hold no more.
+        batch_size: Training images per batch, in each process; 1 to 1,000,000.
+        eval_batch_size: Validation and test images per batch, in each process; 1 to 1,000,000.
+            Without one 1,000 on a GPU, and 100 on a CPU, whose caches hold no more.
         val_size: Training images held out for validation, the same share of each class and the
             same images for every seed. 0 trains on all images and validates on none.
-        image_size: Side of the images in pixels. Images of another size are resized (shorter
-            side) and cropped at the centre when they are loaded.
+        image_size: Side of the images in pixels, 32 to 1,024. Images of another size are resized
+            (shorter side) and cropped at the centre when they are loaded.
         augmentation: What a training image goes through: `zoom` enlarges it by a quarter and
             crops at random (32 → 40 → 32), `pad` puts 4 pixels of zeros around it and crops at
             random, `none` leaves it as it is.
@@ -103,9 +103,10 @@ class CIFARDataModule(LightningDataModule):
         evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
-        num_workers: Processes that load batches. From memory 0, the main process, is fast.
-        seed: Decides the order and the augmentation of the training images. Without one it is
-            that of Lightning's `seed_everything`, or 0.
+        num_workers: Processes that load batches, 0 to 256. From memory 0, the main process, is
+            fast.
+        seed: Decides the order and the augmentation of the training images, 0 to 2³² − 1. Without
+            one it is that of Lightning's `seed_everything`, or 0.
         images: What `predict` reads instead of the test images: files of any kind that Pillow
             opens, folders, and patterns such as `*.png`. No part of a checkpoint.
         urls: Mirrors of the CIFAR archive, tried in this order before its own address. What they
@@ -170,17 +171,18 @@ class CIFARDataModule(LightningDataModule):
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}")
-        for name, least in {
-            "batch_size": 1,
-            "eval_batch_size": 1,
-            "val_size": 0,
-            "image_size": 32,
-            "num_workers": 0,
-            "seed": 0,
+        for name, (least, most) in {
+            "batch_size": (1, 1_000_000),
+            "eval_batch_size": (1, 1_000_000),
+            "val_size": (0, 1_000_000_000),
+            "image_size": (32, 1024),
+            "num_workers": (0, 256),
+            "seed": (0, 2**32 - 1),
         }.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: it must be {least} or more")
+            if value is not None and not least <= value <= most:
+                bound = f"{least} or more" if value < least else f"{most:,} at most"
+                raise ValueError(f"{name} is {value}: it must be {bound}")
         if self.dataset in BUILT_IN:
             check_val_size(self.val_size, self.num_classes, BUILT_IN[self.dataset][1])
         elif self.images is None and not (Path(self.dataset) / "train").is_dir():

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+MOST_PARAMETERS = 10**9
 Shortcut = Literal["conv3x3", "conv1x1", "pad"]
 
 
@@ -111,15 +112,16 @@ class ResNet(nn.Module):
     are named as torchvision names them: layer1 to layer3 are the stages, downsample the shortcuts.
 
     Args:
-        layers: Number of blocks in each of the three stages.
-        num_classes: Number of logits.
+        layers: Number of blocks in each of the three stages, 1 to 1,000.
+        num_classes: Number of logits, 1 or more.
         shortcut: What joins two shapes: `conv3x3` (convolution and BN), `conv1x1` (option B of the
             paper) or `pad` (option A: subsampling and zeros, no parameters).
         preactivation: Use the blocks of He et al. 2016 instead.
-        width: Channels of the stem and of the first stage.
+        width: Channels of the stem and of the first stage, 1 to 4,096.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, or the network would have more than 10⁹
+            parameters.
     """
 
     def __init__(
@@ -131,16 +133,24 @@ class ResNet(nn.Module):
         width: int = 16,
     ) -> None:
         super().__init__()
-        if len(layers) != 3 or min(layers) < 1:
+        if len(layers) != 3 or not all(1 <= blocks <= 1000 for blocks in layers):
             raise ValueError(
-                f"layers is {layers}: it takes three numbers of blocks, 1 or more each"
+                f"layers is {layers}: it takes three numbers of blocks, 1 to 1,000 each"
             )
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}: it must be 1 or more")
-        if width < 1:
-            raise ValueError(f"width is {width}: it must be 1 or more channels")
+        if not 1 <= width <= 4096:
+            raise ValueError(f"width is {width}: it must be 1 to 4,096 channels")
         if shortcut not in ("conv3x3", "conv1x1", "pad"):
             raise ValueError(f"shortcut is {shortcut!r}: choose conv3x3, conv1x1 or pad")
+        # Two 3×3 convolutions in each block, and the head.
+        parameters = 18 * sum(n * (width << i) ** 2 for i, n in enumerate(layers))
+        parameters += 4 * width * num_classes
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"layers is {layers} with width {width} and {num_classes} classes: these are "
+                f"{parameters:.1e} parameters, and {MOST_PARAMETERS:.0e} are the most"
+            )
 
         block = PreactivationBlock if preactivation else Block
 
@@ -384,6 +394,11 @@ class ResNetModule(LightningModule):
                 "monitor": getattr(scheduler, "monitor", None),  # ReduceLROnPlateau has one
             },
         }
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "ResNetModule":
+        """Lightning's, but nothing in the environment makes it run what a file holds."""
+        return super().load_from_checkpoint(*args, **{"weights_only": True, **kwargs})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what Lightning does not know of.

@@ -23,10 +23,9 @@ from typing import Any, Literal
 import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -59,6 +58,15 @@ from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
 from export import Pixels, check_output, export
 from interruptions import Interruptions, signals_exit
+from options import (
+    Parser,
+    check_callbacks,
+    check_optimizer,
+    check_validation,
+    check_values,
+    explained,
+    refused,
+)
 from resnet_module import ResNetModule
 
 LOGS = "lightning_logs"
@@ -108,6 +116,16 @@ class Trainer(LightningTrainer):
         )
 
 
+class PeriodicCheckpoint(ModelCheckpoint):
+    """Lightning's, that can save as often as last_checkpoint does."""
+
+    @property
+    def state_key(self) -> str:
+        key = super().state_key
+        # As it always was, but where it would be that of last_checkpoint.
+        return key if self._every_n_epochs == 1 else key.replace("Periodic", "Model", 1)
+
+
 class CLI(LightningCLI):
     """LightningCLI with checkpoints that are found by name and bring their own options."""
 
@@ -126,7 +144,8 @@ class CLI(LightningCLI):
             "others, which is also their default. They take a bare network's state_dict as well.",
         )
         for name, defaults in CHECKPOINTS.items():
-            parser.add_lightning_class_args(ModelCheckpoint, name)
+            kind = PeriodicCheckpoint if name == "periodic_checkpoint" else ModelCheckpoint
+            parser.add_lightning_class_args(kind, name)
             parser.set_defaults({f"{name}.{k}": v for k, v in {**COMMON, **defaults}.items()})
         parser.add_lightning_class_args(CUDAGraphs, "cuda_graphs")
         parser.add_lightning_class_args(Pictures, "pictures")
@@ -165,6 +184,16 @@ class CLI(LightningCLI):
         return options.get("num_classes") or data.num_classes
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            self._parse(parser, args)
+        except OSError:
+            raise
+        except UnicodeDecodeError as error:
+            fail(f"a config file is no text in UTF-8: {error}")
+        except Exception as error:  # a config file can hold anything
+            fail(f"the options cannot be read: {explained(error)}")
+
+    def _parse(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses twice: first for the checkpoint, whose options are then this call's defaults."""
         if any(arg.startswith("--print_config") for arg in sys.argv):
             # What is printed holds on any machine; a file that names the GPU would insist on one.
@@ -184,6 +213,7 @@ class CLI(LightningCLI):
             root = Path(options.get("trainer.default_root_dir") or ".")
             self._take_options(find_checkpoint(name, command, root / LOGS), command)
         super().parse_arguments(parser, args)
+        check_values(self.config[command].as_dict(), list(CHECKPOINTS))
         self._settle(self.config[command], command, "trainer.precision" in options)
         self._check(self.config[command], command)
 
@@ -206,6 +236,10 @@ class CLI(LightningCLI):
 
     def _check(self, config: Any, command: str) -> None:
         """Refuses what cannot be done, before anything is."""
+        if config.get("weights_only") is False:
+            fail("weights_only is False, but a checkpoint is never read as code: leave it out")
+        if command == "fit":
+            check_validation(config)
         if command == "fit" and self.checkpoint:
             self._check_resume(config)
         if command == "predict" and config.output:
@@ -226,12 +260,20 @@ class CLI(LightningCLI):
         folder = checkpoint.absolute().parent
         config_file = folder.parent / "config.yaml"
         if command == "fit" and folder.name == "checkpoints" and config_file.is_file():
-            run_options = yaml.safe_load(config_file.read_text())
-            for section in {*run_options} - {"model", "data", "ckpt", "ckpt_path"}:
-                options[section] = run_options[section]
+            try:
+                run_options = yaml.safe_load(config_file.read_text())
+                for section in {*run_options} - {"model", "data", "ckpt", "ckpt_path"}:
+                    options[section] = run_options[section]
+            except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:
+                fail(f"{config_file} is damaged: {explained(error)}")
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = folder.parent if checkpoint.name == "last.ckpt" else None
-        self._parser(command).set_defaults(flatten(options))
+        defaults, subparser = flatten(options), self._parser(command)
+        try:
+            subparser.parse_object(defaults, defaults=False)  # defaults are not checked
+            subparser.set_defaults(defaults)
+        except Exception as error:  # whatever the file holds
+            fail(f"{checkpoint} has options that cannot be used: {explained(error)}")
 
     def _check_resume(self, config: Any) -> None:
         """Refuses what a resumed run would ignore, before anything is written."""
@@ -253,8 +295,16 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            fail(str(error))
+        except Exception as error:  # of all classes that an option can name
+            fail(explained(error))
+        if self.subcommand == "fit":
+            config = self.config["fit"]
+            chosen = {
+                name: in_one_word(config.model[name]) for name in ("optimizer", "lr_scheduler")
+            }
+            check_optimizer(self.model, config.trainer.max_epochs, chosen)
+        options = {self.config_init[self.subcommand][name]: name for name in CHECKPOINTS}
+        check_callbacks(self.trainer, self.model, options)
         if self.checkpoint and is_network(self.content):
             self.model.load_network(self.content.get("state_dict", self.content), self.checkpoint)
         elif self.subcommand == "export":
@@ -265,6 +315,7 @@ class CLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if self.checkpoint and not is_network(self.content) and subcommand != "export":
             kwargs["ckpt_path"] = str(self.checkpoint)
+            kwargs["weights_only"] = True  # whatever the environment says
         return kwargs
 
     def instantiate_trainer(self, **kwargs: Any) -> LightningTrainer:
@@ -306,6 +357,14 @@ class CLI(LightningCLI):
             if self.subcommand != "fit":  # which says so itself, with the time that it will take
                 say("No GPU found: running on the CPU")
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[Callback]
+    ) -> LightningTrainer:
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except Exception as error:  # of what Lightning tries: devices, plugins, loggers, ...
+            fail(f"trainer cannot be set up: {explained(error)}")
 
     def before_fit(self) -> None:
         self.start = time.perf_counter()
@@ -452,7 +511,7 @@ def in_one_word(choice: Any) -> str:
     listed = ", ".join(
         f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in choice.get("init_args", {}).items()
-        if value not in (None, False) and name != "last_epoch"
+        if value is not None and value is not False and name != "last_epoch"
     )
     return f"{choice['class_path'].split('.')[-1]}({listed})"
 
@@ -491,6 +550,7 @@ def main() -> None:
                 CIFARDataModule,
                 SaveRun,
                 trainer_class=Trainer,
+                parser_class=Parser,
                 trainer_defaults={
                     "accelerator": "gpu",
                     "max_epochs": 80,
@@ -499,8 +559,11 @@ def main() -> None:
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
             )
-    except (MisconfigurationException, OSError, FloatingPointError) as error:
-        fail(str(error), exit_code=1)
+    except Exception as error:
+        sentence = refused(error)
+        if sentence is None:
+            raise
+        fail(sentence, exit_code=1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The command line: what a user types, sees and finds on the disk."""
 
 import csv
-import os
 import re
 import subprocess
 import sys
@@ -243,25 +242,6 @@ def test_bare_network_of_the_note_is_tested_on_zero_to_one(run: Run, cifar10: Pa
     assert "fit cannot go on" in resumed.err
 
 
-class Malicious:
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("pwned",)
-
-
-@pytest.mark.parametrize("content", ["text", "empty", "malicious", "list"])
-def test_files_that_are_no_checkpoints_are_refused(run: Run, content: str) -> None:
-    path = Path("model.pkl")
-    if content in ("text", "empty"):
-        path.write_text("not a checkpoint" if content == "text" else "")
-    else:
-        torch.save([1] if content == "list" else {"state_dict": Malicious()}, path)
-    outcome = run("test", "--ckpt", str(path))
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: model.pkl ")
-    assert "Traceback" not in outcome.err
-    assert not Path("pwned").exists()
-
-
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_random_weights_are_never_tested(run: Run, command: str) -> None:
     for form in ([], ["--ckpt"], ["--ckpt", "last"]):
@@ -272,27 +252,6 @@ def test_random_weights_are_never_tested(run: Run, command: str) -> None:
     outcome = run(command, "--ckpt", "missing.ckpt")
     assert outcome.code == 2
     assert "'missing.ckpt': there is no such file" in outcome.err
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--data.val_size=-1", "val_size is -1: it must be 0 or more"),
-        ("--data.dataset=cifar11", "dataset is 'cifar11': choose"),
-        ("--data.batch_size=0", "batch_size is 0"),
-        ("--model.layers=[3,0,3]", "layers is (3, 0, 3)"),
-        ("--model.width=0", "width is 0"),
-        ("--model.shortcut=conv5x5", "conv5x5"),
-        ("--model.depth=20", "model.depth"),
-        ("--trainer.max_epochs=many", "many"),
-    ],
-)
-def test_wrong_options_end_with_one_sentence(run: Run, option: str, message: str) -> None:
-    outcome = run("fit", "--data.dataset=digits", "--data.val_size=200", option)
-    assert outcome.code == 2
-    assert message in outcome.err
-    assert "Traceback" not in outcome.err
-    assert not Path("lightning_logs").exists()
 
 
 def test_offline_without_data_is_one_clear_message(run: Run, cifar10: Path) -> None:
@@ -478,13 +437,6 @@ def test_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None
 def test_precision_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert train.native_precision("cpu") == "32-true"
-
-
-def test_cuda_graphs_are_an_option(run: Run) -> None:
-    outcome = run("fit", *SMALL_DIGITS, "--cuda_graphs.steps=-1")
-    assert outcome.code == 2
-    assert outcome.err.count("\n") == 1
-    assert "cuda_graphs.steps is -1: it must be 0 or more" in outcome.err
 
 
 def test_other_precisions_train_on_the_cpu(run: Run) -> None:
