@@ -197,7 +197,7 @@ def test_epochs_without_validation_say_nothing_of_it(run: Run) -> None:
 def test_pictures_are_an_option(run: Run) -> None:
     outcome = run("fit", *SMALL_DIGITS, "--pictures.every_n_epochs=-1")
     assert outcome.code == 2
-    assert "pictures.every_n_epochs is -1: it must be 0 or more" in outcome.err
+    assert "pictures.every_n_epochs is -1: it must be from 0 to" in outcome.err
     assert run("fit", *SMALL_DIGITS, "--trainer.max_steps=1").code == 0
     assert not EventAccumulator("lightning_logs/version_0").Reload().Tags()["images"]
 
