@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from cifar_datamodule import CIFARDataModule
+from interruptions import Interruptions
 from resnet_module import ResNetModule
 
 DEVICE = "cuda"
@@ -285,6 +286,8 @@ def fits(data: Any, steps: int, device: torch.device) -> bool:
 
 def interferes(callback: Callback) -> bool:
     """Whether a callback may do more between two steps than to look on."""
+    if isinstance(callback, Interruptions):
+        return False  # it saves what it finds, between chunks as between steps
     if isinstance(callback, ModelCheckpoint) and (
         callback._every_n_train_steps or callback._train_time_interval or callback.save_on_exception
     ):

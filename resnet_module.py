@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -354,6 +354,22 @@ class ResNetModule(LightningModule):
         self.log("lr", self.rate)
         self.log_dict(self.train_metrics, prog_bar=True)
         self._log_against_epochs()
+        if plateau := self._plateau():
+            metrics = self.trainer.callback_metrics
+            if plateau.monitor in metrics:
+                plateau.step(metrics[plateau.monitor])
+
+    def _plateau(self) -> ReduceLROnPlateau | None:
+        """The scheduler, if it is one that looks at a metric after each epoch."""
+        scheduler = self.lr_schedulers()
+        waits = isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "epoch"
+        return scheduler if waits else None  # type: ignore[return-value]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        # Lightning would step it after the epoch's checkpoint is saved, and not at all in a run
+        # that goes on from that.
+        if self._plateau() is None:
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_metrics, prog_bar=True)

@@ -262,7 +262,9 @@ class CLI(LightningCLI):
         if command == "fit" and folder.name == "checkpoints" and config_file.is_file():
             try:
                 run_options = yaml.safe_load(config_file.read_text())
-                for section in {*run_options} - {"model", "data", "ckpt", "ckpt_path"}:
+                for section in ("seed_everything", "trainer", *CHECKPOINTS):
+                    options[section] = run_options[section]
+                for section in {"cuda_graphs", "pictures"} & {*run_options}:
                     options[section] = run_options[section]
             except (yaml.YAMLError, ValueError, TypeError, LookupError) as error:
                 fail(f"{config_file} is damaged: {explained(error)}")

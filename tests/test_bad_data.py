@@ -360,9 +360,9 @@ def test_addresses_are_checked(url: str) -> None:
 def test_the_command_line_says_it_in_one_line(
     run: Run, cifar10: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def errors(*args: str) -> list[str]:
+    def errors(*args: str, code: int = 1) -> list[str]:
         outcome = run("fit", *TINY, *args)
-        assert outcome.code == 1
+        assert outcome.code == code
         assert "Traceback" not in outcome.err
         assert not list(Path().rglob("*.ckpt"))
         return [line for line in outcome.err.splitlines() if "error" in line.lower()]
@@ -378,7 +378,7 @@ def test_the_command_line_says_it_in_one_line(
     (line,) = errors(root, "--data.val_size=50")
     assert line.startswith(f"error: CIFAR10 in '{cifar10}' cannot be read ({FOLDER}/{name}")
     Path("pets/train/cat").mkdir(parents=True)
-    (line,) = errors("--data.dataset=pets")
+    (line,) = errors("--data.dataset=pets", code=2)
     assert line.startswith("error: pets/train has only the class 'cat': a classifier needs two")
 
 

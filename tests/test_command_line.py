@@ -149,7 +149,7 @@ def test_last_is_always_the_last_and_best_the_best(run: Run) -> None:
     # A learning rate that destroys the network after its first epoch: the first stays the best.
     Path("step.yaml").write_text(
         "model:\n  lr_scheduler:\n    class_path: torch.optim.lr_scheduler.StepLR\n"
-        "    init_args: {step_size: 2, gamma: 1.0e+10}\n"
+        "    init_args: {step_size: 2, gamma: 1.0e+4}\n"
     )
     fit_digits(run, "--config=step.yaml", "--trainer.max_epochs=4", "--model.optimizer.lr=0.02")
     events = EventAccumulator("lightning_logs/version_0").Reload()

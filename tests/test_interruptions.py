@@ -317,3 +317,66 @@ def test_a_run_says_what_it_was_made_with(run: Run) -> None:
     git = ["git", "-C", str(project), "rev-parse", "HEAD"]
     expected = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     assert (first["commit"] or {"id": ""})["id"] == expected
+
+
+PLATEAU = [
+    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+    "--model.lr_scheduler.monitor=val/loss",
+    "--model.lr_scheduler.patience=0",
+    "--model.lr_scheduler.threshold=1e9",
+    "--model.lr_scheduler.threshold_mode=abs",
+]
+ONE_CYCLE = [
+    "--model.lr_scheduler=OneCycleLR",
+    "--model.lr_scheduler.max_lr=0.02",
+    "--model.lr_scheduler.total_steps=75",
+    "--model.lr_interval=step",
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PLATEAU,
+        ONE_CYCLE,
+        ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"],
+        ["--trainer.check_val_every_n_epoch=2", "--last_checkpoint.every_n_epochs=3"],
+    ],
+    ids=["plateau", "one_cycle", "accumulation", "rare"],
+)
+def test_other_ways_to_train_go_on_alike(start: Start, tmp_path: Path, options: list[str]) -> None:
+    """Stopped in the middle of the second epoch, and gone on with."""
+    train = [arg for arg in RUN if "step_size" not in arg] + options
+    stop = "--trainer.callbacks=test_interruptions.StopInTheMiddle"
+    (tmp_path / "quiet").mkdir()
+    quiet = start("fit", *train, folder=tmp_path / "quiet")
+    assert quiet.wait() == 0, quiet.out
+    assert start("fit", *train, stop).wait() == 143
+    last = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
+    content = load(last)
+    assert content["CIFARDataModule"]["epoch"] == 1
+    assert 0 < content["CIFARDataModule"]["seen"] < 1237
+    resumed = start("fit", "--ckpt=last", "--trainer.callbacks=null")
+    assert resumed.wait() == 0, resumed.out
+    assert_same_run(last.parents[1], tmp_path / "quiet/lightning_logs/version_0")
+
+
+class StopInTheMiddle(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 1 and args[-1] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_workers_change_nothing(run: Run) -> None:
+    """Neither in a whole run, nor in one that goes on with other workers."""
+    weights = []
+    for workers, epochs in ((0, 2), (2, 2), (0, 1)):
+        options = [f"--data.num_workers={workers}", f"--trainer.max_epochs={epochs}"]
+        assert run("fit", *SMALL_DIGITS, *options).code == 0
+    assert run("fit", "--ckpt=last", "--data.num_workers=2", "--trainer.max_epochs=2").code == 0
+    for version in range(3):
+        content = load(Path(f"lightning_logs/version_{version}/checkpoints/last.ckpt"))
+        assert content["epoch"] == 1
+        weights.append(content["state_dict"])
+    assert same(weights[0], weights[1])
+    assert same(weights[0], weights[2])
