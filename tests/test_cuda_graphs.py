@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL_DIGITS, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 import cuda_graphs
 from cifar_datamodule import CIFARDataModule
 from cuda_graphs import CUDAGraphs
+from interruptions import Interruptions
 from resnet_module import ResNetModule
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
@@ -124,6 +125,47 @@ def each_step(optimizer: Any) -> StepLR:
 
 def each_epoch(optimizer: Any) -> StepLR:
     return StepLR(optimizer, 1, gamma=0.5)
+
+
+class StopIn(Callback):
+    """Asks the run to stop after so many of the batches of its first epoch."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    # No hook of a step's: that would keep the run from the fast path.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = next(c for c in trainer.callbacks if isinstance(c, Interruptions))  # type: ignore[attr-defined]
+        asked = trainer.fit_loop.epoch_loop.batch_progress
+        run.asked = lambda _: asked.current.ready >= self.batches  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 0), (0, 5), (5, 7)])
+def test_an_interrupted_epoch_goes_on_on_either_path(
+    run: Run, stand_in: type[StandIn], before: int, after: int
+) -> None:
+    """Chunks are saved as what they are made of: steps, and images that were shown."""
+    options = [*SMALL_DIGITS, "--data.batch_size=50", "--trainer.precision=64-true"]
+    # SGD, for Adam makes much of a learning rate in float32.
+    options += ["--trainer.max_epochs=2", "--model.optimizer=SGD", "--model.optimizer.lr=0.01"]
+    assert run("fit", *options, "--cuda_graphs.steps=0").code == 0
+    stop = "--trainer.callbacks=test_cuda_graphs.StopIn"
+    number = f"--trainer.callbacks.batches={3 if before else 12}"
+    stopped = run("fit", *options, f"--cuda_graphs.steps={before}", stop, number)
+    assert stopped.code == 143, stopped.err
+    last = "lightning_logs/version_{}/checkpoints/last.ckpt"
+    content = torch.load(last.format(1))
+    steps = 15 if before else 12
+    assert content["global_step"] == steps
+    assert content["CIFARDataModule"] == {"epoch": 0, "seen": 50 * steps}
+    stand_in.recordings = 0
+    resumed = run("fit", "--ckpt=last", f"--cuda_graphs.steps={after}", "--trainer.callbacks=null")
+    assert resumed.code == 0, resumed.err
+    assert (stand_in.recordings > 0) == (after > 0)
+    plain, ours = torch.load(last.format(0)), torch.load(last.format(1))
+    assert ours["global_step"] == plain["global_step"]
+    for name, value in plain["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_one_sees_of_a_run_does_not_slow_it_down(run: Run, stand_in: type[StandIn]) -> None:
