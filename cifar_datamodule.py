@@ -340,6 +340,8 @@ class CIFARDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far into its epoch training is: a checkpoint's."""
         epoch, seen = self._shown
+        if self.trainer and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            seen = max(seen, len(self.train_set))  # fewer, where training batches are limited
         return {"epoch": epoch, "seen": seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -41,9 +42,8 @@ class Interruptions(Callback):
 
     def __init__(self) -> None:
         self.received: int | None = None  # the signal that has asked to stop
-        self.logged: dict[
-            str, float
-        ] = {}  # of the epoch that the checkpoint was saved at the end of
+        self.validations: list[dict[str, float]] = []  # of this epoch
+        self.loaded: dict[str, Any] = {}  # metrics and validations when the checkpoint was saved
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Over those of Lightning, which ends a run without saving it.
@@ -64,21 +64,25 @@ class Interruptions(Callback):
             being_saved = progress.processed - progress.completed
             progress.ready = progress.started = progress.processed = done
             progress.completed = done - being_saved
-        self.log_what_was_lost(trainer)
+        if self.loaded:
+            known = trainer._logger_connector._callback_metrics
+            known.update({k: torch.tensor(v) for k, v in self.loaded["metrics"].items()})
+            self.validations = [] if self.loaded["whole"] else [*self.loaded["validations"]]
+            self.log_what_was_lost(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            metrics = trainer.callback_metrics
-            checkpoint["logged"] = {
-                name: float(value) for name, value in metrics.items() if name not in UNLOGGED
-            }
+        checkpoint["logged"] = {
+            "whole": trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "validations": [*self.validations],
+        }
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.logged = checkpoint.get("logged", {})
+        self.loaded = checkpoint.get("logged", {})
         # In a folder that has been moved the best checkpoint would not be known for the best.
         path = trainer.ckpt_path
         if path and (folder := last_checkpoint(trainer)) == Path(path).absolute():
@@ -90,15 +94,23 @@ class Interruptions(Callback):
     def log_what_was_lost(self, trainer: Trainer) -> None:
         """Logs what a run that was killed after its last checkpoint had not logged yet."""
         logger, checkpoint = trainer.logger, trainer.ckpt_path
-        if not isinstance(logger, TensorBoardLogger) or not checkpoint or not self.logged:
+        if not isinstance(logger, TensorBoardLogger) or not checkpoint:
             return
-        folder = Path(logger.log_dir).resolve()
-        if Path(checkpoint).resolve().parents[1] == folder:
-            there, epoch = scalars(folder), trainer.current_epoch
+        folder, epoch = Path(logger.log_dir).resolve(), trainer.current_epoch
+        if Path(checkpoint).resolve().parents[1] != folder:
+            return
+        for values in self.validations:  # of the epoch that goes on, and so is shown anew
+            logger.log_metrics(values, epoch + 1)
+        if self.loaded["whole"]:
+            there = scalars(folder)
+            # Without a validation in this epoch, its metrics are those of an earlier one.
+            stale = () if self.loaded["validations"] else ("val/", "val_class/")
             lost = {
                 name: value
-                for name, value in self.logged.items()
-                if epoch not in [step for step, _ in there.get(name, [])]
+                for name, value in self.loaded["metrics"].items()
+                if name not in UNLOGGED
+                and not name.startswith(stale)
+                and epoch not in [step for step, _ in there.get(name, [])]
             }
             logger.log_metrics(lost, epoch)
 
@@ -128,7 +140,14 @@ class Interruptions(Callback):
         if self.asked(trainer):
             self.save(trainer)  # for last.ckpt may not be due; the other checkpoints follow
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            values = {name: float(value) for name, value in metrics if name.startswith("val")}
+            self.validations.append(values)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validations = []
         if self.asked(trainer):
             self.end(trainer)
 
@@ -162,7 +181,7 @@ class Interruptions(Callback):
     ) -> None:
         if self.received and isinstance(exception, RuntimeError):
             # The signal has reached the loader's workers too, and the step could not end.
-            say("The step could not end: the run goes on from its last checkpoint, by --ckpt last")
+            say(f"The step could not end ({exception}): the last checkpoint goes on, if any")
             sys.exit(128 + self.received)
 
 

@@ -178,11 +178,25 @@ def check_range(name: str, value: float, least: float, most: float, *others: flo
 
 
 def check_validation(config: Any) -> None:
-    """Fails where validation would come after the last batch of an epoch, for known data."""
+    """Fails where validation would come too late, or between gradients that wait for others.
+
+    That is, for known data: after the last batch of an epoch, or where the best checkpoint, which
+    is saved then, would lose what batches before it have accumulated.
+    """
     interval, data = config.trainer.val_check_interval, config.data
-    if not isinstance(interval, int) or data.dataset not in BUILT_IN or data.batch_size < 1:
+    once = not isinstance(interval, int | float) or (type(interval) is float and interval == 1)
+    if once or data.dataset not in BUILT_IN or data.batch_size < 1:
         return
     batches = math.ceil((BUILT_IN[data.dataset][1] - data.val_size) / data.batch_size)
+    every = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    together = config.trainer.accumulate_grad_batches
+    if together > 1 and every % together:
+        fail(
+            f"trainer.val_check_interval is {interval}, every {every} batches: it must be a "
+            f"multiple of trainer.accumulate_grad_batches, {together}"
+        )
+    if not isinstance(interval, int):
+        return
     if config.trainer.check_val_every_n_epoch and data.val_size and interval > max(batches, 1):
         fail(f"trainer.val_check_interval is {interval}: an epoch has {batches} batches")
 

@@ -13,12 +13,16 @@ Every option can also stand in a YAML file given with --config, as those in reci
 import hashlib
 import json
 import logging
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported, which takes seconds
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
 
 import torch
 import yaml

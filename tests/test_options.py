@@ -376,3 +376,12 @@ def test_fuzz_many_options(command: str, arguments: list[str]) -> None:
 @given(command=commands, config=configs)
 def test_fuzz_many_configs(command: str, config: bytes) -> None:
     check([command], config)
+
+
+def test_validation_waits_for_gradients(run: Run) -> None:
+    """13 batches make an epoch, and a validation after 6 of them comes between two fours."""
+    options = [*SMALL_DIGITS, "--data.batch_size=100", "--trainer.accumulate_grad_batches=4"]
+    outcome = run("fit", *options, "--trainer.val_check_interval=0.5")
+    assert outcome.code == 2
+    assert "every 6 batches: it must be a multiple" in outcome.err
+    assert not Path("lightning_logs").exists()
