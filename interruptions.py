@@ -50,25 +50,31 @@ class Interruptions(Callback):
         handle(exit_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.speaks = trainer.is_global_zero
         handle(self.stop)
         if trainer.is_global_zero and (path := last_checkpoint(trainer)):
             path.parent.mkdir(parents=True, exist_ok=True)
             for litter in path.parent.glob(f"*{HALF_WRITTEN}"):
                 litter.unlink()  # of a run that was killed
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        done = data.batches_done() if hasattr(data, "batches_done") else None
-        if done is not None:
-            # Lightning counts batches, which were others if the run was another number of processes
-            # or of another batch size.
-            progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-            being_saved = progress.processed - progress.completed
-            progress.ready = progress.started = progress.processed = done
-            progress.completed = done - being_saved
+        self.count_batches(trainer)
         if self.loaded:
             known = trainer._logger_connector._callback_metrics
             known.update({k: torch.tensor(v) for k, v in self.loaded["metrics"].items()})
             self.validations = [] if self.loaded["whole"] else [*self.loaded["validations"]]
             self.log_what_was_lost(trainer)
+
+    def count_batches(self, trainer: Trainer) -> None:
+        """Tells Lightning how many of today's batches an interrupted epoch has behind it.
+
+        It has counted others, if the run was another number of processes, or of another batch size.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        done = data.batches_done() if hasattr(data, "batches_done") else None
+        if done is not None:
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+            being_saved = progress.processed - progress.completed
+            progress.ready = progress.started = progress.processed = done
+            progress.completed = done - being_saved
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -117,12 +123,13 @@ class Interruptions(Callback):
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Asks the run to stop after its current step; a second Ctrl-C does not wait for that."""
         if self.received == number == signal.SIGINT:
-            sys.stdout.flush()
             os._exit(128 + number)
         if self.received is None:
             self.received = number
             again = "; once more ends it at once" if number == signal.SIGINT else ""
-            say(f"{signal.Signals(number).name}: the run is saved after this step{again}")
+            line = f"{signal.Signals(number).name}: the run is saved after this step{again}\n"
+            if self.speaks:
+                os.write(1, line.encode())  # print might be interrupted in the middle of itself
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
