@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import callbacks
 from cifar_datamodule import CIFARDataModule
+from interruptions import Interruptions
 
 EPOCHS = 3
 QUICK = ["--pictures.every_n_epochs=0", "--trainer.enable_model_summary=false"]
@@ -34,6 +35,7 @@ RUN = [
     "--seed_everything=3",
 ]
 TRAINS = "training on the CPU"
+WAITS = "waiting for a signal"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -79,6 +81,26 @@ def wait_for(started: Started, text: str) -> None:
         assert time.monotonic() < deadline, started.out
         assert started.process.is_alive(), started.out
         time.sleep(0.002)
+
+
+def wait_for_a_signal(trainer: Trainer, for_ever: bool = False) -> None:
+    """Has a run's first process wait, in the middle of a step, until it is asked to stop."""
+    run = next(c for c in trainer.callbacks if isinstance(c, Interruptions))  # type: ignore[attr-defined]
+    os.write(1, f"{WAITS}\n".encode())
+    deadline = time.monotonic() + 60
+    while (for_ever or not run.received) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+class WaitInTheMiddle(Callback):
+    """Waits in the second of the epochs."""
+
+    def __init__(self, for_ever: bool = False) -> None:
+        self.for_ever = for_ever
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 1 and args[-1] == 14:
+            wait_for_a_signal(trainer, self.for_ever)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +169,8 @@ def test_twenty_kills_leave_no_trace(start: Start, tmp_path: Path, quiet: Path) 
 def test_a_signal_saves_says_how_to_go_on_and_ends(
     start: Start, tmp_path: Path, quiet: Path, number: signal.Signals
 ) -> None:
-    stopped = start("fit", *RUN)
-    wait_for(stopped, TRAINS)
+    stopped = start("fit", *RUN, "--trainer.callbacks=test_interruptions.WaitInTheMiddle")
+    wait_for(stopped, WAITS)
     os.kill(stopped.process.pid, number)
     assert stopped.wait() == 128 + number
     assert "Traceback" not in stopped.out
@@ -161,16 +183,16 @@ def test_a_signal_saves_says_how_to_go_on_and_ends(
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start: Start, tmp_path: Path) -> None:
-    # One step takes in all batches: it would go on for minutes.
-    endless = ["--data.batch_size=1", "--trainer.accumulate_grad_batches=100000"]
-    started = start("fit", *RUN, *endless)
-    wait_for(started, TRAINS)
+    forever = ["--trainer.callbacks=test_interruptions.WaitInTheMiddle"]
+    started = start("fit", *RUN, *forever, "--trainer.callbacks.for_ever=true")
+    wait_for(started, WAITS)
     os.kill(started.process.pid, signal.SIGINT)
     wait_for(started, "once more ends it at once")
     os.kill(started.process.pid, signal.SIGINT)
-    assert started.wait(5) == 130
+    assert started.wait(20) == 130
     assert "Traceback" not in started.out
-    assert not list(tmp_path.glob("lightning_logs/*/checkpoints/last*"))
+    last = load(tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt")
+    assert last["CIFARDataModule"]["epoch"] == 0
 
 
 def test_a_signal_before_training_ends_it_without_a_traceback(start: Start, tmp_path: Path) -> None:
