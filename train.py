@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-if __name__ == "__main__":  # Ctrl-C while torch is being imported, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # Ctrl-C while torch is being imported, which takes seconds.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
 
 import torch

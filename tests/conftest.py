@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tarfile
 import warnings
@@ -167,6 +168,9 @@ class Started:
 def be_the_command(args: tuple[str, ...], folder: Path, output: Path, env: dict[str, str]) -> None:
     """What a process of `Started` does."""
     os.setpgrp()
+    # As from a terminal, whatever started the tests: a job in the background ignores them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)

@@ -258,7 +258,12 @@ def python(*args: str, folder: Path, **env: str) -> subprocess.Popen[str]:
         stdout=(folder / "out.txt").open("a"),
         stderr=subprocess.STDOUT,
         process_group=0,
+        preexec_fn=heed_ctrl_c,
     )
+
+
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
