@@ -223,6 +223,7 @@ class CIFARDataModule(LightningDataModule):
             if stage == "fit":
                 images, labels = images[train], labels[train]
                 self._draws, self._minibatches = None, 1
+                self._shown = self._resumed = -1, 0  # until a checkpoint says otherwise
                 self._statistics = channel_statistics(images)
                 self.train_set = ImageBatches(self._canvas(images), labels)
         else:

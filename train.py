@@ -217,6 +217,8 @@ class CLI(LightningCLI):
         if name or command != "fit":
             root = Path(options.get("trainer.default_root_dir") or ".")
             self._take_options(find_checkpoint(name, command, root / LOGS), command)
+            if "seed_everything" in options:  # given now, it decides the data's as well
+                self._parser(command).set_defaults({"data.seed": None})
         super().parse_arguments(parser, args)
         check_values(self.config[command].as_dict(), list(CHECKPOINTS))
         self._settle(self.config[command], command, "trainer.precision" in options)

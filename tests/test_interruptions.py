@@ -430,3 +430,27 @@ def test_an_epoch_that_was_whole_is_not_gone_on_with(
     expected = curves(tmp_path / "quiet/lightning_logs/version_0")
     for name in ("train/loss", "val/acc", "lr"):
         assert points[name] == expected[name]
+
+
+def test_a_seed_given_anew_decides_the_order(run: Run) -> None:
+    """Where training branches off; without one the checkpoint's goes on, wherever it lies."""
+    assert run("fit", *SMALL_DIGITS, "--trainer.max_epochs=1", "--seed_everything=5").code == 0
+    Path("lightning_logs/version_0/checkpoints/last.ckpt").rename("moved.ckpt")
+    seeds = []
+    for option in ([], ["--seed_everything=7"], ["--seed_everything=7", "--data.seed=8"]):
+        options = [*SMALL_DIGITS, "--trainer.max_epochs=2", *option]
+        assert run("fit", "--ckpt=moved.ckpt", *options).code == 0
+        content = load(Path(f"lightning_logs/version_{len(seeds) + 1}/checkpoints/last.ckpt"))
+        seeds.append(content["datamodule_hyper_parameters"]["seed"])
+    assert seeds == [5, 7, 8]
+
+
+def test_data_that_went_on_begin_anew_in_another_fit() -> None:
+    data = CIFARDataModule(dataset="digits", val_size=200)
+    data.setup("fit")
+    data.load_state_dict({"epoch": 0, "seen": 600})
+    sampler: Any = data.train_dataloader().sampler
+    assert len(list(sampler)) == 637
+    data.setup("fit")
+    sampler = data.train_dataloader().sampler
+    assert len(list(sampler)) == 1237
