@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accuracy
+import numpy as np
 import pytest
 import sides
 import speed
 import torch
+from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(speed.__file__).parent
@@ -66,3 +69,48 @@ def test_speed_is_measured(tmp_path: Path) -> None:
     assert 0 < results["sides"]["validation_share"]["median"] < 1
     for row in ("| C |", "| C/A |", "| evaluation |", "| operations |", "| image_size | 64 |"):
         assert row in done.stdout
+
+
+@pytest.fixture
+def row() -> accuracy.Row:
+    return {
+        "recipe": "fast", "seed": 0, "options": "", "dataset": "cifar10", "device": "cpu",
+        "seconds": 60, "val": 90.0, "test": 91.0,
+    }  # fmt: skip
+
+
+def test_table_gives_mean_deviation_and_interval(row: accuracy.Row) -> None:
+    """Against scipy's interval of a mean."""
+    values = [91.0, 92.0, 94.0]
+    rows = [row | {"test": value, "seconds": None} for value in values]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    (line,) = accuracy.summary(rows)
+    assert line[3] == "3"
+    assert line[5] == f"92.33 ± {np.std(values, ddof=1):.2f} ({low:.2f} to {high:.2f})"
+    assert line[6] == "–"
+
+
+def test_runs_of_other_options_and_data_have_lines_of_their_own(row: accuracy.Row) -> None:
+    rows = [row, row | {"options": "--model.width 8"}, row | {"dataset": "cifar100"}]
+    assert [line[3] for line in accuracy.summary(rows)] == ["1", "1", "1"]
+
+
+@pytest.mark.slow
+def test_accuracy_is_measured_once(tmp_path: Path) -> None:
+    results = tmp_path / "rows.jsonl"
+    recipe = str(BENCHMARKS.parent / "recipes" / "digits.yaml")
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), recipe, "--seeds", "0", "1"]
+    command += ["--runs", str(tmp_path), "--results", str(results), "--", "--trainer.max_epochs=1"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    written = results.read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert all(0 < row["val"] <= 100 and 0 < row["test"] <= 100 for row in rows)
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert results.read_text() == written
+    assert again.splitlines()[-1] == first.splitlines()[-1]
+    assert "Checkpoint:" not in again
+    results.write_text(written.splitlines()[0] + "\n")  # the second run's row is lost
+    subprocess.run(command, capture_output=True, check=True)
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["test"] for row in found] == [row["test"] for row in rows]
