@@ -126,7 +126,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             fail(f"{path} is damaged: its {name} is a {type(content[name]).__name__}")
     if not is_network(content):
         check_whole(path, content)
-    return content
+        return content
+    return published(content.get("state_dict", content)) or content
+
+
+def published(network: dict[str, Any]) -> dict[str, Any] | None:
+    """A published CIFAR network under this project's names, with its options; None if it is none.
+
+    The names are those of the CIFAR networks that are published most: conv1, bn1, layer1.0.conv1,
+    …, linear, perhaps under `module.`. Their shortcuts are option A, which has no parameters.
+    """
+    bare = {str(name).removeprefix("module."): value for name, value in network.items()}
+    if not {"conv1.weight", "linear.weight"} <= bare.keys():
+        return None
+    theirs = {"conv1": "conv", "bn1": "bn", "linear": "fc"}
+    state_dict, blocks = {}, {"layer1": {""}, "layer2": {""}, "layer3": {""}}
+    for name, value in bare.items():
+        part, _, rest = name.partition(".")
+        state_dict[f"{theirs.get(part, part)}.{rest}"] = value
+        if part in blocks:
+            blocks[part].add(rest.partition(".")[0])
+    layers = [len(numbers) - 1 for numbers in blocks.values()]
+    model = {"layers": layers, "shortcut": "pad", "normalize": False}
+    # Native images, as they are tested on where they come from.
+    return {
+        "state_dict": state_dict,
+        "options": {"model": model, "data": {"augmentation": "pad"}},
+    }
 
 
 def check_whole(path: Path, content: dict[str, Any]) -> None:
@@ -156,7 +182,8 @@ def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
     A bare network has none: it is taken to be one that was trained on [0, 1].
     """
     if is_network(checkpoint):
-        return {"model": {"normalize": False}}
+        options: dict[str, Any] = checkpoint.get("options", {})
+        return options if isinstance(options, dict) and options else {"model": {"normalize": False}}
     return {
         "model": checkpoint["hyper_parameters"],
         "data": checkpoint.get("datamodule_hyper_parameters", {}),

@@ -187,6 +187,9 @@ class ResNetModule(LightningModule):
     Args:
         normalize: Scale the input by mean and standard deviation of the training images, per
             channel; otherwise the network sees [0, 1].
+        input_mean: What each channel of [0, 1] is reduced by, in place of the training images'
+            mean: for a network that was trained elsewhere. Together with `input_std`.
+        input_std: What each channel is then divided by, more than 0.
         optimizer: Any torch optimizer.
         lr_scheduler: Any torch learning-rate scheduler, or none.
         lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
@@ -210,9 +213,17 @@ class ResNetModule(LightningModule):
             optimizer, step_size=20, gamma=0.3333333333333333
         ),
         lr_interval: Literal["epoch", "step"] = "epoch",
+        input_mean: tuple[float, float, float] | None = None,
+        input_std: tuple[float, float, float] | None = None,
         **network: Any,
     ) -> None:
         super().__init__()
+        if (input_mean is None) != (input_std is None):
+            raise ValueError(
+                f"input_mean is {input_mean} and input_std is {input_std}: give both or neither"
+            )
+        if input_std and min(input_std) <= 0:
+            raise ValueError(f"input_std is {input_std}: each must be more than 0")
         self.save_hyperparameters()
         for name in ("optimizer", "lr_scheduler"):
             # The command line's record of them is plain; a function from Python is not, and a
@@ -225,8 +236,9 @@ class ResNetModule(LightningModule):
         self.lr_interval = lr_interval
         self.network = ResNet(**network)
         self.network.to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.zeros(3, 1, 1))
-        self.register_buffer("std", torch.ones(3, 1, 1))
+        self.input_scaling_given = input_mean is not None
+        self.register_buffer("mean", torch.tensor(input_mean or (0.0, 0.0, 0.0)).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(input_std or (1.0, 1.0, 1.0)).view(3, 1, 1))
         num_classes = self.network.fc.out_features
         self.class_names = [str(label) for label in range(num_classes)]
         metrics = MetricCollection(
@@ -250,7 +262,7 @@ class ResNetModule(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "class_names"):
             self.class_names = list(data.class_names)
-        if not self.normalize:
+        if not self.normalize or self.input_scaling_given:
             return
         if not hasattr(data, "channel_statistics"):
             raise MisconfigurationException(

@@ -222,6 +222,35 @@ def test_predict_writes_a_line_per_test_image(run: Run) -> None:
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_network_is_tested_with_its_normalisation(
+    run: Run, cifar10: Path, prefix: str
+) -> None:
+    network = ResNet(layers=(2, 3, 1), shortcut="pad")
+    network.bn.running_mean.uniform_(-1, 1)  # so that nothing is lost unnoticed
+    theirs = {"conv": "conv1", "bn": "bn1", "fc": "linear"}
+    renamed = {}
+    for name, value in network.state_dict().items():
+        part, rest = name.split(".", 1)
+        renamed[f"{prefix}{theirs.get(part, part)}.{rest}"] = value
+    torch.save({"state_dict": renamed, "best_prec1": 91.7}, "resnet.th")
+    scaling = ["--model.input_mean=[0.4,0.5,0.6]", "--model.input_std=[0.1,0.2,0.3]"]
+    root = [f"--data.root={cifar10}", "--data.val_size=50", "--trainer.precision=32-true"]
+    outcome = run("predict", "--ckpt", "resnet.th", *root, *scaling)
+    assert outcome.code == 0, outcome.err
+    source = CIFAR10(cifar10, train=False)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.3])
+    images = ((torch.from_numpy(source.data) / 255 - mean) / std).permute(0, 3, 1, 2)
+    expected = network.eval()(images).softmax(1).amax(1)
+    with Path("predictions.csv").open() as file:
+        found = [float(row["probability"]) for row in csv.DictReader(file)]
+    assert found == pytest.approx(expected.tolist(), abs=1e-4)
+
+    half = run("predict", "--ckpt", "resnet.th", *root, scaling[0])
+    assert half.code == 2
+    assert "give both or neither" in half.err
+
+
 def test_bare_network_of_the_note_is_tested_on_zero_to_one(run: Run, cifar10: Path) -> None:
     network = ResNet()
     torch.save(network.state_dict(), "resnet_79.pkl")
