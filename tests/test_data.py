@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as tv
 
+import download
 from cifar_datamodule import CIFARDataModule, channel_statistics
 
 
@@ -334,7 +336,13 @@ def test_damaged_batches_are_never_read(cifar10: Path) -> None:
         data.setup("fit")
 
 
-def test_offline_error_names_folder_file_and_digits(cifar10: Path, tmp_path: Path) -> None:
+def test_offline_error_names_folder_file_and_digits(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> NoReturn:
+        raise URLError("no network")
+
+    monkeypatch.setattr(download, "urlopen", offline)
     empty = str(tmp_path / "empty")
     with pytest.raises(FileNotFoundError) as error:
         CIFARDataModule(empty, val_size=50).prepare_data()
