@@ -127,7 +127,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not is_network(content):
         check_whole(path, content)
         return content
-    return published(content.get("state_dict", content)) or content
+    network = content.get("state_dict", content)
+    # Nothing is known of another bare network: it is taken to be one that was trained on [0, 1].
+    plain = {"state_dict": network, "options": {"model": {"normalize": False}}}
+    return published(network) or plain
 
 
 def published(network: dict[str, Any]) -> dict[str, Any] | None:
@@ -179,11 +182,10 @@ def epochs_behind(checkpoint: dict[str, Any]) -> int:
 def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The options that a checkpoint was trained with, by section.
 
-    A bare network has none: it is taken to be one that was trained on [0, 1].
+    A bare network's are those that `read_checkpoint` supposes.
     """
     if is_network(checkpoint):
-        options: dict[str, Any] = checkpoint.get("options", {})
-        return options if isinstance(options, dict) and options else {"model": {"normalize": False}}
+        return checkpoint["options"]
     return {
         "model": checkpoint["hyper_parameters"],
         "data": checkpoint.get("datamodule_hyper_parameters", {}),

@@ -315,7 +315,7 @@ class CLI(LightningCLI):
         options = {self.config_init[self.subcommand][name]: name for name in CHECKPOINTS}
         check_callbacks(self.trainer, self.model, options)
         if self.checkpoint and is_network(self.content):
-            self.model.load_network(self.content.get("state_dict", self.content), self.checkpoint)
+            self.model.load_network(self.content["state_dict"], self.checkpoint)
         elif self.subcommand == "export":
             self.model.on_load_checkpoint(self.content)
             self.model.load_state_dict(self.content["state_dict"])

@@ -91,19 +91,20 @@ def spread(values: list[float]) -> str:
 
 
 def summary(rows: list[Row]) -> list[tuple[str, ...]]:
-    """A line of the table for each recipe, data set and options."""
+    """A line of the table for each recipe, data set, options and device."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for one in rows:
-        groups.setdefault((one["recipe"], one["dataset"], one["options"]), []).append(one)
+        key = (one["recipe"], one["dataset"], one["options"], one["device"])
+        groups.setdefault(key, []).append(one)
     lines = []
-    for (recipe, dataset, options), group in groups.items():
+    for (recipe, dataset, options, device), group in groups.items():
         cells = []
         for name, scale in (("val", 1), ("test", 1), ("seconds", 1 / 60)):
             values = [one[name] * scale for one in group if one[name] is not None]
             minutes = f"{statistics.fmean(values):.1f}" if values else "–"
             cells.append(minutes if name == "seconds" or not values else spread(values))
         name = f"{recipe} {options}".strip()
-        lines.append((name, dataset, group[0]["device"], str(len(group)), *cells))
+        lines.append((name, dataset, device, str(len(group)), *cells))
     return lines
 
 

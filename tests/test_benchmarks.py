@@ -91,8 +91,9 @@ def test_table_gives_mean_deviation_and_interval(row: accuracy.Row) -> None:
 
 
 def test_runs_of_other_options_and_data_have_lines_of_their_own(row: accuracy.Row) -> None:
-    rows = [row, row | {"options": "--model.width 8"}, row | {"dataset": "cifar100"}]
-    assert [line[3] for line in accuracy.summary(rows)] == ["1", "1", "1"]
+    others = {"options": "--model.width 8", "dataset": "cifar100", "device": "gpu"}
+    rows = [row, *(row | {name: value} for name, value in others.items())]
+    assert [line[3] for line in accuracy.summary(rows)] == ["1", "1", "1", "1"]
 
 
 @pytest.mark.slow
