@@ -357,12 +357,15 @@ class CIFARDataModule(LightningDataModule):
         left = len(self.train_set) - self._resumed[1]
         if self._resumed[0] < 0 or left <= 0:
             return None
-        processes, batch_size = self._processes()[0], self.batch_size * self._minibatches
+        size = self.batch_size * self._minibatches
+        return self._batches(len(self.train_set), size) - self._batches(left, size)
 
-        def batches(images: int) -> int:
-            return math.ceil(math.ceil(images / processes) / batch_size)
+    def batches_per_epoch(self) -> int:
+        """Training batches, each a step, that one process sees in a whole epoch of `fit`."""
+        return self._batches(len(self.train_set), self.batch_size)
 
-        return batches(len(self.train_set)) - batches(left)
+    def _batches(self, images: int, size: int) -> int:
+        return math.ceil(math.ceil(images / self._processes()[0]) / size)
 
     def _evaluation_loader(self, data: ImageBatches) -> DataLoader[Batch]:
         # The plain DistributedSampler would repeat images to give every process as many.

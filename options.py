@@ -237,7 +237,7 @@ def take_step(optimizer: Optimizer) -> None:
 
 
 def try_scheduler(module: Any, optimizer: Optimizer, steps: int) -> None:
-    scheduler = module.lr_scheduler(optimizer)
+    scheduler = module.schedule(optimizer, max(steps, MOST_STEPS))
     if isinstance(scheduler, ReduceLROnPlateau) and scheduler.monitor not in metrics_of(module):
         raise ValueError(not_logged(scheduler.monitor, module))
     for step in range(steps):

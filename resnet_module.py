@@ -4,20 +4,22 @@
 scaling, loss, metrics, optimizer and scheduler, and everything that a checkpoint must remember.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -191,7 +193,9 @@ class ResNetModule(LightningModule):
             mean: for a network that was trained elsewhere. Together with `input_std`.
         input_std: What each channel is then divided by, more than 0.
         optimizer: Any torch optimizer.
-        lr_scheduler: Any torch learning-rate scheduler, or none.
+        lr_scheduler: Any torch learning-rate scheduler, or none. A `OneCycleLR` that leaves
+            `total_steps` open (from Python: a `partial` with `total_steps=None`) takes the whole
+            run for its cycle.
         lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
         **network: The options of `ResNet`.
 
@@ -413,7 +417,7 @@ class ResNetModule(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        scheduler = self.schedule(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
@@ -422,6 +426,26 @@ class ResNetModule(LightningModule):
                 "monitor": getattr(scheduler, "monitor", None),  # ReduceLROnPlateau has one
             },
         }
+
+    def schedule(
+        self, optimizer: Optimizer, steps: float | None = None
+    ) -> LRScheduler | ReduceLROnPlateau:
+        """The scheduler; one that leaves `total_steps` open takes `steps`, or those of the run.
+
+        Raises:
+            MisconfigurationException: If it leaves them open and so does the run.
+        """
+        assert self.lr_scheduler is not None
+        given = self.lr_scheduler.keywords if isinstance(self.lr_scheduler, partial) else {}
+        if given.get("total_steps", 0) is not None or given.get("epochs") is not None:
+            return self.lr_scheduler(optimizer)
+        total = steps_of_run(self.trainer, self.lr_interval) if steps is None else steps
+        if math.isinf(total):
+            raise MisconfigurationException(
+                "the scheduler's total_steps is None, and nothing limits the run: give "
+                "--model.lr_scheduler.total_steps, --trainer.max_epochs or --trainer.max_steps"
+            )
+        return self.lr_scheduler(optimizer, total_steps=int(total))  # type: ignore[call-arg]
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "ResNetModule":
@@ -501,3 +525,19 @@ def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str
             f"({len(faults)} such faults); "
             "give the options that the network was trained with (layers, width, shortcut, ...)"
         )
+
+
+def steps_of_run(trainer: Trainer, interval: Literal["epoch", "step"]) -> float:
+    """Epochs or optimizer steps of a whole run, from its first; `inf` where nothing limits it."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+    if interval == "epoch":
+        return epochs
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if not hasattr(data, "batches_per_epoch"):
+        return trainer.estimated_stepping_batches
+    # Not Lightning's estimate: it builds the batches, before the fast path has chosen their size,
+    # and counts but the rest of an epoch that was interrupted.
+    batches, limit = data.batches_per_epoch(), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

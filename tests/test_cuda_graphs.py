@@ -7,6 +7,7 @@ anything, reads and writes where it did when it was recorded, and overwrites its
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,9 @@ def each_epoch(optimizer: Any) -> StepLR:
     return StepLR(optimizer, 1, gamma=0.5)
 
 
+one_cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, cycle_momentum=False)
+
+
 class StopIn(Callback):
     """Asks the run to stop after so many of the batches of its first epoch."""
 
@@ -185,6 +189,7 @@ def test_what_one_sees_of_a_run_does_not_slow_it_down(run: Run, stand_in: type[S
         (lambda p: Adam(p, lr=1e-3), each_epoch, "epoch"),
         (lambda p: Adam(p, lr=1e-3), None, "epoch"),
         (lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True), each_step, "step"),
+        (lambda p: SGD(p, lr=0.05, momentum=0.9), one_cycle, "step"),
     ],
 )
 def test_same_training(

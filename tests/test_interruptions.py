@@ -351,7 +351,6 @@ PLATEAU = [
 ONE_CYCLE = [
     "--model.lr_scheduler=OneCycleLR",
     "--model.lr_scheduler.max_lr=0.02",
-    "--model.lr_scheduler.total_steps=75",
     "--model.lr_interval=step",
 ]
 

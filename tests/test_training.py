@@ -1,6 +1,7 @@
 """Training against a plain PyTorch loop, and what a checkpoint remembers."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_datamodule import CIFARDataModule
 from resnet_module import ResNet, ResNetModule
@@ -131,6 +133,47 @@ def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
         ),
     )
     assert plateau == pytest.approx([0.5, 0.5, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("interval", "options"),
+    [
+        ("epoch", {}),
+        ("epoch", {"max_steps": 3}),
+        ("step", {}),
+        ("step", {"accumulate_grad_batches": 3}),
+        ("step", {"limit_train_batches": 3}),
+        ("step", {"limit_train_batches": 0.5}),
+        ("step", {"max_steps": 5}),
+        ("step", {"overfit_batches": 1}),
+    ],
+)
+def test_a_cycle_takes_the_whole_run(
+    cifar10: Path, tmp_path: Path, interval: Any, options: dict[str, Any]
+) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, cycle_momentum=False)
+    module = ResNetModule(lr_scheduler=cycle, lr_interval=interval, **SMALL)
+    trainer = fit(module, small_data(cifar10), tmp_path, epochs=3, **options)
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(scheduler, OneCycleLR)
+    assert scheduler.total_steps == (3 if interval == "epoch" else trainer.global_step)
+
+
+def test_a_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
+    module = ResNetModule(False, lr_scheduler=cycle, lr_interval="step", **SMALL)
+    images, labels = torch.zeros(30, 3, 32, 32), torch.zeros(30, dtype=torch.int64)
+    data = DataLoader(TensorDataset(images, labels), batch_size=8)
+    trainer = Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    trainer.fit(module, data)
+    assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 8
+
+
+def test_a_cycle_without_an_end_is_refused(cifar10: Path, tmp_path: Path) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
+    module = ResNetModule(lr_scheduler=cycle, **SMALL)
+    with pytest.raises(MisconfigurationException, match="nothing limits the run"):
+        fit(module, small_data(cifar10), tmp_path, epochs=-1)
 
 
 def test_checkpoint_is_plain_and_complete(cifar10: Path, tmp_path: Path) -> None:
