@@ -208,6 +208,7 @@ def test_same_training(
         small_data(cifar10), tmp_path / "fast", CUDAGraphs(5), optimizer=optimizer, model=model
     )
     assert_same(plain, fast)
+    assert fast[0].num_training_batches == 3
     assert stand_in.recordings == 1
     assert fast[1].many_steps is None
 
