@@ -402,7 +402,12 @@ class ResNetModule(LightningModule):
         self.rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_start(self) -> None:
-        """Takes up what an interrupted epoch had come to; of several processes, the first does."""
+        """Takes up what an interrupted epoch had come to; of several processes, the first does.
+
+        Raises:
+            MisconfigurationException: If the learning rate's cycle ends before the run.
+        """
+        self._check_cycle()
         epoch, self._interrupted = self._interrupted, None
         if epoch is None:
             return
@@ -412,6 +417,15 @@ class ResNetModule(LightningModule):
             metric._update_count = 1  # it has been: there is no need to warn
             for state, value in states.items():
                 setattr(metric, state, value.to(metric.device))
+
+    def _check_cycle(self) -> None:
+        total = getattr(self.lr_schedulers(), "total_steps", math.inf)
+        steps = steps_of_run(self.trainer, self.lr_interval) if math.isfinite(total) else 0
+        if total < steps < math.inf:
+            raise MisconfigurationException(
+                f"the run has {steps:.0f} {self.lr_interval}s, and the scheduler ends after its "
+                f"total_steps, {total}: begin a new run with more of them, or train for less long"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())

@@ -169,6 +169,14 @@ def test_a_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 8
 
 
+def test_a_cycle_is_not_trained_beyond(cifar10: Path, tmp_path: Path) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=7)
+    module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
+    with pytest.raises(MisconfigurationException, match=r"has 8 steps, and .* after its .* 7"):
+        fit(module, small_data(cifar10), tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
 def test_a_cycle_without_an_end_is_refused(cifar10: Path, tmp_path: Path) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
     module = ResNetModule(lr_scheduler=cycle, **SMALL)
