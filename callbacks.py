@@ -171,28 +171,50 @@ def of_epochs(trainer: Trainer) -> str:
 
 
 class Report(Callback):
-    """Collects what `test` and `validate` predict: `result` is of the last of them."""
+    """Collects what `test` and `validate` predict: `result` is of the last of them.
+
+    Args:
+        mirror: Show the network each image's mirror image, too. `mirrored` is then what the means
+            of both probabilities come to; `result` stays that of the images as they are.
+    """
 
     result: tuple[Tensor, Tensor]
+    mirrored: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, mirror: bool = False) -> None:
         self.predictions = Predictions()
+        self.means = Predictions() if mirror else None
+
+    def _collect(
+        self, trainer: Trainer, pl_module: LightningModule, logits: Tensor, batch: Any
+    ) -> None:
+        images, labels = batch
+        self.predictions.update(logits, labels)
+        if self.means:
+            with trainer.precision_plugin.forward_context():
+                others = pl_module(images.flip(3))
+            mean = (logits.float().softmax(1) + others.float().softmax(1)) / 2
+            self.means.update(mean.log(), labels)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
     ) -> None:
-        self.predictions.update(outputs, batch[1])
+        self._collect(trainer, pl_module, outputs, batch)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
     ) -> None:
-        self.predictions.update(outputs, batch[1])
+        self._collect(trainer, pl_module, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.result = self.predictions.compute()
+        self._finish()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
         self.result = self.predictions.compute()
+        self.mirrored = self.means.compute() if self.means else None
 
 
 class Pictures(Callback):

@@ -312,6 +312,11 @@ def show(stage: str, content: dict[str, Any]) -> None:
         f"{stage}/acc {content['acc']:.4f}, 95 % interval {low:.4f} to {high:.4f}, "
         f"{content['images']:,} images"
     )
+    if "acc_mirrored" in content:
+        console.print(
+            f"{stage}/acc_mirrored {content['acc_mirrored']:.4f}, a figure of its own: each image "
+            "and its mirror image have a say"
+        )
     console.print(f"{stage}/loss {content['loss']:.4f}, calibration error {content['ece']:.4f}")
     console.print(table)
     console.print(escape(f"Most confused: {', '.join(pairs) or 'none'}"))

@@ -168,6 +168,15 @@ class CLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the report says it better
+            parser.add_argument(
+                "--mirror",
+                type=bool,
+                nargs="?",
+                const=True,
+                default=False,
+                help="Show each image mirrored, too, and report the accuracy of the means of both "
+                "probabilities beside the plain one.",
+            )
         if subcommand == "predict":
             parser.add_argument(
                 "--images",
@@ -322,6 +331,7 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs.pop("mirror", None)  # the report's
         if self.checkpoint and not is_network(self.content) and subcommand != "export":
             kwargs["ckpt_path"] = str(self.checkpoint)
             kwargs["weights_only"] = True  # whatever the environment says
@@ -334,7 +344,7 @@ class CLI(LightningCLI):
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.enable_progress_bar is not False and not own_bar:
             callbacks.append(Progress())
-        self.report = Report()
+        self.report = Report(bool(self.config[self.subcommand].get("mirror")))
         callbacks += (
             [Interruptions(), SayTimeOnCPU(), Throughput()]
             if self.subcommand == "fit"
@@ -438,13 +448,17 @@ class CLI(LightningCLI):
             return
         assert self.checkpoint is not None
         data, metrics = self.datamodule, self.trainer.callback_metrics
+        extra = {"loss": float(metrics[f"{stage}/loss"])}
+        if self.report.mirrored:
+            probabilities, labels = self.report.mirrored
+            extra["acc_mirrored"] = int((probabilities.argmax(1) == labels).sum()) / len(labels)
         files = report.write_all(
             self.checkpoint.parent,
             stage,
             (data.test_set if stage == "test" else data.val_set).images,
             *self.report.result,
             self.model.class_names,
-            {**self._circumstances(), "loss": float(metrics[f"{stage}/loss"])},
+            {**self._circumstances(), **extra},
         )
         say(f"Written to {shown(self.checkpoint.parent)}/: {', '.join(files)}")
 

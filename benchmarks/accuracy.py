@@ -6,7 +6,8 @@
 
 What stands behind `--` goes to `fit`. Each run adds a line to benchmarks/results/accuracy.jsonl,
 and is not repeated; one that was interrupted goes on. The checkpoint that is tested is the one with
-the best validation accuracy: the test set has no say in anything.
+the best validation accuracy: the test set has no say in anything. The plain accuracy shows each
+image once; that of `--mirror` stands in a column of its own.
 """
 
 import argparse
@@ -50,14 +51,16 @@ def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root
     train_py("fit", *begin, *place, *([] if started else ["--seed_everything", str(seed)]))
     run = max(folder.glob("lightning_logs/*/checkpoints/last.ckpt")).parents[1]
     starts = json.loads((run / "run.json").read_text())
-    figures = {"val": None, "test": None}
+    figures = {"val": None, "test": None, "test_mirrored": None}
     checkpoint = str(run / "checkpoints" / "best.ckpt")
     for stage, verb in (("val", "validate"), ("test", "test")):
         if stage == "val" and has_no_validation(run):
             continue
-        train_py(verb, "--ckpt", checkpoint, *place)
+        train_py(verb, "--ckpt", checkpoint, "--mirror", *place)
         report = json.loads((run / "checkpoints" / f"{verb}.json").read_text())
         figures[stage] = round(100 * report["acc"], 2)
+        if stage == "test":
+            figures["test_mirrored"] = round(100 * report["acc_mirrored"], 2)
     return row(recipe.stem, seed, options, starts, run) | figures
 
 
@@ -99,8 +102,8 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
     lines = []
     for (recipe, dataset, options, device), group in groups.items():
         cells = []
-        for name, scale in (("val", 1), ("test", 1), ("seconds", 1 / 60)):
-            values = [one[name] * scale for one in group if one[name] is not None]
+        for name, scale in (("val", 1), ("test", 1), ("test_mirrored", 1), ("seconds", 1 / 60)):
+            values = [one[name] * scale for one in group if one.get(name) is not None]
             minutes = f"{statistics.fmean(values):.1f}" if values else "–"
             cells.append(minutes if name == "seconds" or not values else spread(values))
         name = f"{recipe} {options}".strip()
@@ -110,7 +113,7 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
 
 def show(rows: list[Row]) -> None:
     """Prints the table as Markdown, or nicely in a terminal."""
-    heads = ("recipe", "data", "device", "n", "val, %", "test, %", "fit, min")
+    heads = ("recipe", "data", "device", "n", "val, %", "test, %", "mirrored, %", "fit, min")
     if not sys.stdout.isatty():
         for line in (heads, ("---",) * len(heads), *summary(rows)):
             print(f"| {' | '.join(line)} |")

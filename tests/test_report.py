@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 import report
 from cifar_datamodule import CIFARDataModule
+from resnet_module import ResNetModule
 
 NAMES = ["ant", "bee", "cow", "[dog]"]
 
@@ -186,3 +187,32 @@ def test_test_and_validate_write_their_reports(run: Run, best: Path, digits_run:
     assert json.loads(best.with_name("test.json").read_text()) == content
     assert best.with_name("validate_predictions.csv").read_text().count("\n") == 201
     assert not list(best.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("command", "name"), [("test", "test"), ("validate", "val")])
+def test_mirror_images_make_a_figure_of_their_own(
+    run: Run, best: Path, command: str, name: str
+) -> None:
+    plain = run(command, "--ckpt", str(best), "--trainer.precision=32-true")
+    assert plain.code == 0, plain.err
+    before = json.loads(best.with_name(f"{command}.json").read_text())
+    mirrored = run(command, "--ckpt", str(best), "--trainer.precision=32-true", "--mirror")
+    assert mirrored.code == 0, mirrored.err
+    content = json.loads(best.with_name(f"{command}.json").read_text())
+
+    module = ResNetModule.load_from_checkpoint(best, map_location="cpu").eval()
+    data = CIFARDataModule(dataset="digits", val_size=200)
+    data.setup(command)
+    images, labels = vars(data)[f"{name}_set"].images / 255, vars(data)[f"{name}_set"].labels
+    with torch.inference_mode():
+        probabilities = module(images).softmax(1) + module(images.flip(-1)).softmax(1)
+    share = float((probabilities.argmax(1) == labels).double().mean())
+    assert content["acc_mirrored"] == pytest.approx(share)
+    assert share != before["acc"]  # or the figures could be mixed up
+    times = {"date", "acc_mirrored"}
+    assert {k: content[k] for k in content if k not in times} == {
+        k: before[k] for k in before if k not in times
+    }
+    assert "acc_mirrored" not in before
+    assert f"{name}/acc_mirrored {share:.4f}" in mirrored.out
+    assert "mirrored" not in plain.out
