@@ -256,6 +256,8 @@ class CLI(LightningCLI):
             fail("weights_only is False, but a checkpoint is never read as code: leave it out")
         if command == "fit":
             check_validation(config)
+        if self.checkpoint and not is_network(self.content):
+            self._check_scaling(config)
         if command == "fit" and self.checkpoint:
             self._check_resume(config)
         if command == "predict" and config.output:
@@ -292,6 +294,15 @@ class CLI(LightningCLI):
             subparser.set_defaults(defaults)
         except Exception as error:  # whatever the file holds
             fail(f"{checkpoint} has options that cannot be used: {explained(error)}")
+
+    def _check_scaling(self, config: Any) -> None:
+        stored = stored_options(self.content)["model"]
+        for name in ("input_mean", "input_std"):
+            if json.dumps(config.model[name]) != json.dumps(stored.get(name)):
+                fail(
+                    f"model.{name} is {json.dumps(config.model[name])}, but the checkpoint brings its own "
+                    "scaling: leave it out (it is for a bare network)"
+                )
 
     def _check_resume(self, config: Any) -> None:
         """Refuses what a resumed run would ignore, before anything is written."""
