@@ -298,10 +298,11 @@ class CLI(LightningCLI):
     def _check_scaling(self, config: Any) -> None:
         stored = stored_options(self.content)["model"]
         for name in ("input_mean", "input_std"):
-            if json.dumps(config.model[name]) != json.dumps(stored.get(name)):
+            given = json.dumps(config.model[name])
+            if given != json.dumps(stored.get(name)):
                 fail(
-                    f"model.{name} is {json.dumps(config.model[name])}, but the checkpoint brings its own "
-                    "scaling: leave it out (it is for a bare network)"
+                    f"model.{name} is {given}, but the checkpoint brings its own scaling: leave it "
+                    "out (it is for a bare network)"
                 )
 
     def _check_resume(self, config: Any) -> None:
