@@ -255,7 +255,8 @@ def test_a_whole_checkpoints_scaling_stays(run: Run, best: Path) -> None:
     scaling = ["--model.input_mean=[0.4,0.5,0.6]", "--model.input_std=[0.1,0.2,0.3]"]
     outcome = run("test", "--ckpt", str(best), *scaling)
     assert outcome.code == 2
-    assert "model.input_mean is [0.4, 0.5, 0.6], but the checkpoint brings its own scaling" in outcome.err
+    sentence = "model.input_mean is [0.4, 0.5, 0.6], but the checkpoint brings its own scaling"
+    assert sentence in outcome.err
 
 
 def test_bare_network_of_the_note_is_tested_on_zero_to_one(run: Run, cifar10: Path) -> None:
