@@ -137,7 +137,8 @@ def published(network: dict[str, Any]) -> dict[str, Any] | None:
     """A published CIFAR network under this project's names, with its options; None if it is none.
 
     The names are those of the CIFAR networks that are published most: conv1, bn1, layer1.0.conv1,
-    …, linear, perhaps under `module.`. Their shortcuts are option A, which has no parameters.
+    …, linear, perhaps under `module.`. Their shortcuts are option A, which has no parameters, and
+    put the old channels in the middle of the new ones.
     """
     bare = {str(name).removeprefix("module."): value for name, value in network.items()}
     if not {"conv1.weight", "linear.weight"} <= bare.keys():
@@ -153,9 +154,40 @@ def published(network: dict[str, Any]) -> dict[str, Any] | None:
     model = {"layers": layers, "shortcut": "pad", "normalize": False}
     # Native images, as they are tested on where they come from.
     return {
-        "state_dict": state_dict,
+        "state_dict": with_old_channels_first(state_dict),
         "options": {"model": model, "data": {"augmentation": "pad"}},
     }
+
+
+def with_old_channels_first(network: dict[str, Any]) -> dict[str, Any]:
+    """The same function of the image with this project's shortcuts, which put new channels last.
+
+    Only the order of the channels differs, so that the weights have to follow it.
+    """
+    stem, before = network["conv.weight"], {"layer2": "layer1", "layer3": "layer2"}
+    order = {"layer1": torch.arange(len(stem) if torch.is_tensor(stem) and stem.dim() else 0)}
+    for stage, narrower in before.items():
+        old, side = order[narrower], len(order[narrower]) // 2
+        new = torch.arange(2 * len(old))
+        order[stage] = torch.cat([side + old, new[:side], new[3 * side :]])
+    moved = {}
+    for name, value in network.items():
+        part, block, layer = [*name.split("."), "", ""][:3]
+        if part == "fc" and block == "weight":
+            value = rearranged(value, 1, order["layer3"])
+        elif part in order and layer == "conv1":
+            value = rearranged(value, 1, order[before.get(part, part) if block == "0" else part])
+        elif part in order and layer in ("conv2", "bn2"):
+            value = rearranged(value, 0, order[part])
+        moved[name] = value
+    return moved
+
+
+def rearranged(value: Any, dim: int, order: torch.Tensor) -> Any:
+    """A tensor with the channels of a dimension in another order; what does not fit stays."""
+    if torch.is_tensor(value) and value.dim() > dim and value.shape[dim] == len(order):
+        return value.index_select(dim, order)
+    return value
 
 
 def check_whole(path: Path, content: dict[str, Any]) -> None:

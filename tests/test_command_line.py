@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import SMALL_DIGITS, TINY, Run, pack
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 
 import train
@@ -222,18 +224,54 @@ def test_predict_writes_a_line_per_test_image(run: Run) -> None:
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
 
 
+class PublishedBlock(nn.Module):
+    """A block as it is published: a shortcut puts zeros on both sides of the old channels."""
+
+    def __init__(self, old: int, new: int) -> None:
+        super().__init__()
+        self.stride, self.zeros = new // old, (new - old) // 2
+        self.conv1 = nn.Conv2d(old, new, 3, self.stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(new)
+        self.conv2 = nn.Conv2d(new, new, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(new)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (
+            out + F.pad(x[..., :: self.stride, :: self.stride], [0] * 4 + [self.zeros] * 2)
+        ).relu()
+
+
+class PublishedNetwork(nn.Module):
+    """A CIFAR ResNet with the names, and the order of channels, of those that are published."""
+
+    def __init__(self, layers: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages = []
+        for old, new, blocks in zip((16, 16, 32), (16, 32, 64), layers, strict=True):
+            rest = [PublishedBlock(new, new) for _ in range(blocks - 1)]
+            stages.append(nn.Sequential(PublishedBlock(old, new), *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.linear(x.mean((2, 3)))
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_published_network_is_tested_with_its_normalisation(
     run: Run, cifar10: Path, prefix: str
 ) -> None:
-    network = ResNet(layers=(2, 3, 1), shortcut="pad")
-    network.bn.running_mean.uniform_(-1, 1)  # so that nothing is lost unnoticed
-    theirs = {"conv": "conv1", "bn": "bn1", "fc": "linear"}
-    renamed = {}
-    for name, value in network.state_dict().items():
-        part, rest = name.split(".", 1)
-        renamed[f"{prefix}{theirs.get(part, part)}.{rest}"] = value
-    torch.save({"state_dict": renamed, "best_prec1": 91.7}, "resnet.th")
+    network = PublishedNetwork((2, 3, 1))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # so that nothing is lost unnoticed
+            module.running_mean = torch.empty(module.num_features).uniform_(-1, 1)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    state_dict = {f"{prefix}{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state_dict, "best_prec1": 91.7}, "resnet.th")
     scaling = ["--model.input_mean=[0.4,0.5,0.6]", "--model.input_std=[0.1,0.2,0.3]"]
     root = [f"--data.root={cifar10}", "--data.val_size=50", "--trainer.precision=32-true"]
     outcome = run("predict", "--ckpt", "resnet.th", *root, *scaling)
@@ -241,7 +279,7 @@ def test_published_network_is_tested_with_its_normalisation(
     source = CIFAR10(cifar10, train=False)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.3])
     images = ((torch.from_numpy(source.data) / 255 - mean) / std).permute(0, 3, 1, 2)
-    expected = network.eval()(images).softmax(1).amax(1)
+    expected = network.eval()(images.float()).softmax(1).amax(1)
     with Path("predictions.csv").open() as file:
         found = [float(row["probability"]) for row in csv.DictReader(file)]
     assert found == pytest.approx(expected.tolist(), abs=1e-4)
