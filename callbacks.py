@@ -330,8 +330,11 @@ class SaveRun(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: what is refused before training begins must leave a run as it is."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # all processes have to ask for it
-        if stage == "fit" and trainer.is_global_zero and folder:
+        if trainer.is_global_zero and folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             config = self.parser.dump(self.config, skip_none=False)
             write(Path(folder) / "config.yaml", config)

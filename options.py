@@ -240,7 +240,7 @@ def try_scheduler(module: Any, optimizer: Optimizer, steps: int) -> None:
     scheduler = module.schedule(optimizer, max(steps, MOST_STEPS))
     if isinstance(scheduler, ReduceLROnPlateau) and scheduler.monitor not in metrics_of(module):
         raise ValueError(not_logged(scheduler.monitor, module))
-    for step in range(steps):
+    for step in range(steps - 1):  # with the rate after the last nothing is trained
         scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
         if not 0 <= rate(optimizer) < math.inf:
             raise ValueError(f"lr is {rate(optimizer):g} after {step + 1} steps")

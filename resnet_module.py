@@ -258,6 +258,8 @@ class ResNetModule(LightningModule):
         # Steps before it, learning rate and losses of each batch that nobody has looked at yet.
         self._unchecked: list[tuple[int, float | Tensor, Tensor]] = []
         self._interrupted: dict[str, Any] | None = None  # what an epoch had come to
+        # Epochs behind the checkpoint that training goes on from, and its scheduler's state.
+        self._resumed: tuple[int, dict[str, Any]] = 0, {}
 
     def setup(self, stage: str) -> None:
         """Takes what belongs to the network from the data that it is trained on."""
@@ -402,12 +404,7 @@ class ResNetModule(LightningModule):
         self.rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_start(self) -> None:
-        """Takes up what an interrupted epoch had come to; of several processes, the first does.
-
-        Raises:
-            MisconfigurationException: If the learning rate's cycle ends before the run.
-        """
-        self._check_cycle()
+        """Takes up what an interrupted epoch had come to; of several processes, the first does."""
         epoch, self._interrupted = self._interrupted, None
         if epoch is None:
             return
@@ -418,20 +415,18 @@ class ResNetModule(LightningModule):
             for state, value in states.items():
                 setattr(metric, state, value.to(metric.device))
 
-    def _check_cycle(self) -> None:
-        total = getattr(self.lr_schedulers(), "total_steps", math.inf)
-        steps = steps_of_run(self.trainer, self.lr_interval) if math.isfinite(total) else 0
-        if total < steps < math.inf:
-            raise MisconfigurationException(
-                f"the run has {steps:.0f} {self.lr_interval}s, and the scheduler ends after its "
-                f"total_steps, {total}: begin a new run with more of them, or train for less long"
-            )
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Makes the optimizer and the scheduler.
+
+        Raises:
+            MisconfigurationException: If the scheduler's steps and those of the run do not match.
+        """
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.schedule(optimizer)
+        if total := getattr(scheduler, "total_steps", None):
+            self._check_cycle(total, steps_of_run(self.trainer, self.lr_interval))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
@@ -444,22 +439,40 @@ class ResNetModule(LightningModule):
     def schedule(
         self, optimizer: Optimizer, steps: float | None = None
     ) -> LRScheduler | ReduceLROnPlateau:
-        """The scheduler; one that leaves `total_steps` open takes `steps`, or those of the run.
-
-        Raises:
-            MisconfigurationException: If it leaves them open and so does the run.
-        """
+        """The scheduler; one that leaves `total_steps` open takes `steps`, or those of the run."""
         assert self.lr_scheduler is not None
-        given = self.lr_scheduler.keywords if isinstance(self.lr_scheduler, partial) else {}
-        if given.get("total_steps", 0) is not None or given.get("epochs") is not None:
+        if not self._takes_the_run():
             return self.lr_scheduler(optimizer)
         total = steps_of_run(self.trainer, self.lr_interval) if steps is None else steps
         if math.isinf(total):
             raise MisconfigurationException(
                 "the scheduler's total_steps is None, and nothing limits the run: give "
-                "--model.lr_scheduler.total_steps, --trainer.max_epochs or --trainer.max_steps"
+                "--model.lr_scheduler.total_steps or --trainer.max_epochs"
             )
-        return self.lr_scheduler(optimizer, total_steps=int(total))  # type: ignore[call-arg]
+        try:
+            return self.lr_scheduler(optimizer, total_steps=int(total))  # type: ignore[call-arg]
+        except (ValueError, ZeroDivisionError) as error:
+            raise MisconfigurationException(
+                f"the scheduler cannot take the run's {int(total)} {self.lr_interval}s for its "
+                f"cycle ({error}): train for longer, or give --model.lr_scheduler.total_steps"
+            ) from error
+
+    def _takes_the_run(self) -> bool:
+        """Whether the scheduler leaves it to the run how many steps it has."""
+        given = self.lr_scheduler.keywords if isinstance(self.lr_scheduler, partial) else {}
+        return given.get("total_steps", 0) is None and given.get("epochs") is None
+
+    def _check_cycle(self, has: int, needs: float) -> None:
+        """Refuses to train beyond a scheduler's last step; says where training ends before it."""
+        if has < needs < math.inf:
+            raise MisconfigurationException(
+                f"the run takes {needs:.0f} {self.lr_interval}s from here, and its scheduler has "
+                f"{has} left of its total_steps: begin a new run, or train for less long"
+            )
+        if self._takes_the_run() and needs < has:
+            self.print(
+                f"The run ends {has - needs:.0f} {self.lr_interval}s before its learning rate does"
+            )
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "ResNetModule":
@@ -497,6 +510,24 @@ class ResNetModule(LightningModule):
             )
         check_state_dict(checkpoint["state_dict"], self, "the checkpoint")
         self.class_names = names
+        schedulers: list[dict[str, Any]] = checkpoint.get("lr_schedulers", [])
+        self._resumed = checkpoint["epoch"] + (self._interrupted is None), dict(*schedulers)
+
+    def on_fit_start(self) -> None:
+        """Checks that what is left of a run suits what is left of its scheduler's steps.
+
+        Raises:
+            MisconfigurationException: If the run would go on beyond them.
+        """
+        (behind, scheduler), self._resumed = self._resumed, (0, {})
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if "total_steps" not in scheduler or not hasattr(data, "batches_done"):
+            return
+        if self.lr_interval == "step":
+            into_epoch = (data.batches_done() or 0) / self.trainer.accumulate_grad_batches
+            behind = behind * steps_per_epoch(self.trainer) + math.ceil(into_epoch)
+        left = scheduler["total_steps"] - scheduler["last_epoch"]
+        self._check_cycle(left, steps_of_run(self.trainer, self.lr_interval) - behind)
 
     def load_network(self, state_dict: Mapping[str, Any], name: str | Path = "it") -> None:
         """Loads the weights of a bare network; `name` stands for them in an error.
@@ -546,12 +577,19 @@ def steps_of_run(trainer: Trainer, interval: Literal["epoch", "step"]) -> float:
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
     if interval == "epoch":
         return epochs
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if not hasattr(data, "batches_per_epoch"):
+    if not hasattr(trainer.datamodule, "batches_per_epoch"):  # type: ignore[attr-defined]
         return trainer.estimated_stepping_batches
-    # Not Lightning's estimate: it builds the batches, before the fast path has chosen their size,
-    # and counts but the rest of an epoch that was interrupted.
+    steps = steps_per_epoch(trainer) * epochs
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer steps of a whole epoch of a `CIFARDataModule`.
+
+    Lightning's own estimate would build the batches, before the fast path has chosen their size,
+    and count but the rest of an epoch that was interrupted.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     batches, limit = data.batches_per_epoch(), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
-    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return math.ceil(batches / trainer.accumulate_grad_batches)

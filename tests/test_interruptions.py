@@ -383,6 +383,41 @@ def test_other_ways_to_train_go_on_alike(start: Start, tmp_path: Path, options: 
     assert_same_run(last.parents[1], tmp_path / "quiet/lightning_logs/version_0")
 
 
+@pytest.mark.parametrize(
+    ("change", "code", "line"),
+    [
+        ("--trainer.max_epochs=4", 1, "takes 50 steps from here, and its scheduler has 25 left"),
+        ("--data.batch_size=25", 1, "takes 50 steps from here, and its scheduler has 25 left"),
+        ("--data.batch_size=125", 0, "The run ends 15 steps before its learning rate does"),
+        ("--data.batch_size=50", 0, ""),
+    ],
+)
+def test_a_cycle_goes_on_as_far_as_it_reaches(
+    run: Run, caplog: pytest.LogCaptureFixture, change: str, code: int, line: str
+) -> None:
+    """A run of three epochs, gone on with after two; one that is refused stays as it is."""
+    options = [*RUN[:-3], "--seed_everything=3", *ONE_CYCLE]
+    stop = "--trainer.callbacks=test_interruptions.StopAfterTwo"
+    assert run("fit", *options, stop).code == 143
+    folder = Path("lightning_logs/version_0")
+    files = [folder / "config.yaml", folder / "run.json", folder / "checkpoints/last.ckpt"]
+    before = [file.read_bytes() for file in files]
+    resumed = run("fit", "--ckpt=last", "--trainer.callbacks=null", change)
+    assert resumed.code == code, resumed.err
+    if code:
+        assert line in resumed.err
+        assert [file.read_bytes() for file in files] == before
+    else:
+        assert ("The run ends" in resumed.err + resumed.out) == bool(line)
+        assert line in resumed.err + resumed.out
+
+
+class StopAfterTwo(Callback):
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class StopInTheMiddle(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.current_epoch == 1 and args[-1] == 14:  # a validation may have been

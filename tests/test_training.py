@@ -172,9 +172,16 @@ def test_a_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
 def test_a_cycle_is_not_trained_beyond(cifar10: Path, tmp_path: Path) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=7)
     module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
-    with pytest.raises(MisconfigurationException, match=r"has 8 steps, and .* after its .* 7"):
+    with pytest.raises(MisconfigurationException, match=r"takes 8 steps .* has 7 left"):
         fit(module, small_data(cifar10), tmp_path)
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_cycle_that_the_run_is_too_short_for_is_refused(cifar10: Path, tmp_path: Path) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, pct_start=0.5)  # divides by zero
+    module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
+    with pytest.raises(MisconfigurationException, match="cannot take the run's 2 steps"):
+        fit(module, small_data(cifar10), tmp_path, max_steps=2)
 
 
 def test_a_cycle_without_an_end_is_refused(cifar10: Path, tmp_path: Path) -> None:
