@@ -360,10 +360,12 @@ class ResNetModule(LightningModule):
             self._refuse(f"the loss is not finite (nan or inf) in step {bad + 1}", rate)
 
     def _refuse(self, fault: str, rate: float | Tensor) -> None:
+        cycle = "max_lr" in self.trainer.optimizers[0].param_groups[0]  # which the rate follows
+        option = "--model.lr_scheduler.max_lr" if cycle else "--model.optimizer.lr"
         raise FloatingPointError(
             f"{fault}, in epoch {self.current_epoch + 1}, at a learning rate of {float(rate):g}: "
             "training has stopped, and its checkpoints are those from before. Try a lower rate "
-            "(--model.optimizer.lr) or --trainer.gradient_clip_val 1"
+            f"({option}) or --trainer.gradient_clip_val 1"
         )
 
     # Metrics are logged once per epoch: in every step it would cost more than the metrics do.

@@ -297,7 +297,7 @@ class CLI(LightningCLI):
 
     def _check_scaling(self, config: Any) -> None:
         stored = stored_options(self.content)["model"]
-        for name in ("input_mean", "input_std"):
+        for name in ("normalize", "input_mean", "input_std"):
             given = json.dumps(config.model[name])
             if given != json.dumps(stored.get(name)):
                 fail(
@@ -439,9 +439,11 @@ class CLI(LightningCLI):
         }
         for name in ("optimizer", "lr_scheduler"):
             options[name] = in_one_word(options[name])
+        optimizer = self.trainer.optimizers[0]
         return {
             **options,
-            "lr": self.trainer.optimizers[0].defaults["lr"],
+            # A cycle has a rate of its own, and no use for the optimizer's.
+            "lr": optimizer.param_groups[0].get("max_lr", optimizer.defaults["lr"]),
             "epochs": config.trainer.max_epochs,
             "precision": config.trainer.precision,
             "global_batch": global_batch(self.trainer),

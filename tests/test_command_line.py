@@ -293,6 +293,8 @@ def test_a_whole_checkpoints_scaling_stays(run: Run, best: Path) -> None:
     scaling = ["--model.input_mean=[0.4,0.5,0.6]", "--model.input_std=[0.1,0.2,0.3]"]
     outcome = run("test", "--ckpt", str(best), *scaling)
     assert outcome.code == 2
+    unscaled = run("test", "--ckpt", str(best), "--model.normalize=false")
+    assert "model.normalize is false, but the checkpoint brings its own" in unscaled.err
     sentence = "model.input_mean is [0.4, 0.5, 0.6], but the checkpoint brings its own scaling"
     assert sentence in outcome.err
 
@@ -368,7 +370,10 @@ def test_print_config_is_a_config(run: Run) -> None:
 @pytest.mark.parametrize(
     "recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_recipes_are_valid(run: Run, recipe: Path) -> None:
+def test_recipes_train(run: Run, cifar10: Path, recipe: Path) -> None:
+    data = [] if recipe.stem == "digits" else [f"--data.root={cifar10}", "--data.val_size=50"]
+    outcome = run("fit", "--config", str(recipe), *data, "--trainer.fast_dev_run=2")
+    assert outcome.code == 0, outcome.err
     assert run("fit", "--config", str(recipe), "--print_config").code == 0
 
 
