@@ -15,12 +15,14 @@ import datetime
 import json
 import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
@@ -37,35 +39,52 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def train_py(*args: str) -> None:
-    """Runs a command of train.py; ends with its exit code if it fails."""
-    code = subprocess.run([sys.executable, str(PROJECT / "train.py"), *args]).returncode
+    """Runs a command of train.py, which on a signal saves its run; ends with its exit code."""
+    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *args])
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # terminals send it to both
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def fit(recipe: Path, seed: int, options: list[str], folder: Path, place: list[str]) -> Path:
+    """Trains a run, or what an interrupted one lacks; returns the run's folder."""
+    runs = [last.parents[1] for last in folder.glob("lightning_logs/*/checkpoints/last.ckpt")]
+    if not runs:
+        train_py("fit", "--config", str(recipe), *options, *place, "--seed_everything", str(seed))
+    elif not is_finished(max(runs)):
+        train_py("fit", "--ckpt", "last", *place)
+    return max(folder.glob("lightning_logs/*/checkpoints/last.ckpt")).parents[1]
+
+
+def is_finished(run: Path) -> bool:
+    from checkpoints import epochs_behind, read_checkpoint  # slow to import: only where needed
+
+    done = epochs_behind(read_checkpoint(run / "checkpoints" / "last.ckpt"))
+    return bool(done == yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"])
 
 
 def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root: str) -> Row:
     """Trains and tests one run, which lies, or will lie, in `folder`."""
     place = ["--trainer.default_root_dir", str(folder), "--data.root", data_root]
-    started = list(folder.glob("lightning_logs/*/checkpoints/last.ckpt"))
-    begin = ["--ckpt", "last"] if started else ["--config", str(recipe), *options]
-    train_py("fit", *begin, *place, *([] if started else ["--seed_everything", str(seed)]))
-    run = max(folder.glob("lightning_logs/*/checkpoints/last.ckpt")).parents[1]
-    starts = json.loads((run / "run.json").read_text())
+    run = fit(recipe, seed, options, folder, place)
+    config = yaml.safe_load((run / "config.yaml").read_text())
     figures = {"val": None, "test": None, "test_mirrored": None}
-    checkpoint = str(run / "checkpoints" / "best.ckpt")
     for stage, verb in (("val", "validate"), ("test", "test")):
-        if stage == "val" and has_no_validation(run):
+        if stage == "val" and config["data"]["val_size"] == 0:
             continue
-        train_py(verb, "--ckpt", checkpoint, "--mirror", *place)
+        train_py(verb, "--ckpt", str(run / "checkpoints" / "best.ckpt"), "--mirror", *place)
         report = json.loads((run / "checkpoints" / f"{verb}.json").read_text())
         figures[stage] = round(100 * report["acc"], 2)
         if stage == "test":
             figures["test_mirrored"] = round(100 * report["acc_mirrored"], 2)
+    starts = json.loads((run / "run.json").read_text())
     return row(recipe.stem, seed, options, starts, run) | figures
-
-
-def has_no_validation(run: Path) -> bool:
-    return bool(re.search(r"^  val_size: 0$", (run / "config.yaml").read_text(), re.MULTILINE))
 
 
 def row(recipe: str, seed: int, options: list[str], starts: list[Row], run: Path) -> Row:
@@ -97,7 +116,8 @@ def summary(rows: list[Row]) -> list[tuple[str, ...]]:
     """A line of the table for each recipe, data set, options and device."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for one in rows:
-        key = (one["recipe"], one["dataset"], one["options"], one["device"])
+        device = f"{one['device']}, {one['precision']}"
+        key = (one["recipe"], one["dataset"], one["options"], device)
         groups.setdefault(key, []).append(one)
     lines = []
     for (recipe, dataset, options, device), group in groups.items():
@@ -141,6 +161,8 @@ def main() -> None:
         for seed in args.seeds:
             known = {(r["recipe"], r["seed"], r["options"]) for r in read_rows(args.results)}
             if (recipe.stem, seed, " ".join(options)) in known:
+                said = f"{recipe.stem} with seed {seed} stands in {args.results}"
+                print(f"{said}, and is not measured again (--results names another file)")
                 continue
             name = re.sub(r"[^\w.,=-]+", "_", " ".join([recipe.stem, *options]))
             folder = args.runs.absolute() / name / f"seed_{seed}"

@@ -288,6 +288,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(run: Run, val_size: int) -> Non
         assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
+def test_a_cycles_own_rate_is_named_where_it_is_too_high(run: Run) -> None:
+    rate = "--model.lr_scheduler.max_lr=1e30"
+    outcome = run("fit", *RUN[:-3], *ONE_CYCLE, rate, "--model.optimizer=SGD")
+    assert outcome.code == 1
+    assert "Try a lower rate (--model.lr_scheduler.max_lr)" in outcome.err
+
+
 def test_weights_that_are_not_finite_are_not_saved(run: Run) -> None:
     """The last step of an epoch may spoil what its loss did not show."""
     spoilt = "--trainer.callbacks=test_interruptions.SpoilTheLastStep"
