@@ -151,6 +151,8 @@ def published(network: dict[str, Any]) -> dict[str, Any] | None:
         if part in blocks:
             blocks[part].add(rest.partition(".")[0])
     layers = [len(numbers) - 1 for numbers in blocks.values()]
+    if 0 in layers:
+        return None
     model = {"layers": layers, "shortcut": "pad", "normalize": False}
     # Native images, as they are tested on where they come from.
     return {

@@ -265,7 +265,7 @@ def write_all(
         probabilities: (N, C).
         labels: (N,).
         names: Of the C classes.
-        circumstances: What else test.json is to say, the loss included.
+        circumstances: What else test.json is to say.
 
     Returns:
         The names of the files.

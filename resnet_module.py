@@ -262,13 +262,11 @@ class ResNetModule(LightningModule):
         self._resumed: tuple[int, dict[str, Any]] = 0, {}
 
     def setup(self, stage: str) -> None:
-        """Takes what belongs to the network from the data that it is trained on."""
-        if stage != "fit":
-            return
+        """Takes from the data what it has for the network: names, and in training the scaling."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "class_names"):
             self.class_names = list(data.class_names)
-        if not self.normalize or self.input_scaling_given:
+        if stage != "fit" or not self.normalize or self.input_scaling_given:
             return
         if not hasattr(data, "channel_statistics"):
             raise MisconfigurationException(
@@ -570,7 +568,8 @@ def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str
         raise MisconfigurationException(
             f"{name} does not fit the network: {sorted(faults)[0]} "
             f"({len(faults)} such faults); "
-            "give the options that the network was trained with (layers, width, shortcut, ...)"
+            "give the options that the network was trained with (layers, width, shortcut, the "
+            "data set, ...)"
         )
 
 

@@ -242,6 +242,8 @@ class CLI(LightningCLI):
             say(f"Precision: {config.trainer.precision}, by what the hardware computes natively")
         elif command == "fit" and self.checkpoint and not precision_given:
             say(f"Precision: {config.trainer.precision}, as in the run so far")
+        if self.checkpoint and is_network(self.content) and config.model.input_mean is None:
+            say("Input scaling: none, as far as known (or give --model.input_mean and input_std)")
         # The checkpoint is no part of what is saved, and LightningCLI would read its options again,
         # over those given explicitly.
         config.ckpt = None
@@ -461,8 +463,7 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         assert self.checkpoint is not None
-        data, metrics = self.datamodule, self.trainer.callback_metrics
-        extra = {"loss": float(metrics[f"{stage}/loss"])}
+        data, extra = self.datamodule, {}
         if self.report.mirrored:
             probabilities, labels = self.report.mirrored
             extra["acc_mirrored"] = int((probabilities.argmax(1) == labels).sum()) / len(labels)

@@ -1,7 +1,7 @@
 """How accurate a recipe is: trains recipes with several seeds, tests each run, prints the table.
 
     python benchmarks/accuracy.py recipes/fast.yaml recipes/strong.yaml --seeds 0 1 2
-    python benchmarks/accuracy.py recipes/fast.yaml --seeds 0 -- --model.layers [9,9,9]
+    python benchmarks/accuracy.py recipes/fast.yaml --seeds 0 -- --model.layers='[9,9,9]'
     python benchmarks/accuracy.py              # trains nothing: the table of what was measured
 
 What stands behind `--` goes to `fit`. Each run adds a line to benchmarks/results/accuracy.jsonl,

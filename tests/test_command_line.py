@@ -281,8 +281,13 @@ def test_published_network_is_tested_with_its_normalisation(
     images = ((torch.from_numpy(source.data) / 255 - mean) / std).permute(0, 3, 1, 2)
     expected = network.eval()(images.float()).softmax(1).amax(1)
     with Path("predictions.csv").open() as file:
-        found = [float(row["probability"]) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    found = [float(row["probability"]) for row in rows]
     assert found == pytest.approx(expected.tolist(), abs=1e-4)
+    assert rows[0]["true"] == f"class {source.targets[0]}"
+    unscaled = run("predict", "--ckpt", "resnet.th", *root)
+    assert "Input scaling: none" in unscaled.out
+    assert "Input scaling" not in outcome.out
 
     half = run("predict", "--ckpt", "resnet.th", *root, scaling[0])
     assert half.code == 2
