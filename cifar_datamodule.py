@@ -100,6 +100,9 @@ class CIFARDataModule(LightningDataModule):
             crops at random (32 → 40 → 32), `pad` puts 4 pixels of zeros around it and crops at
             random, `none` leaves it as it is.
         flip: Mirror training images left to right, each with probability 1/2.
+        cutout: Side, in pixels, of a square of the training images' mean colour that hides a part
+            of each training image, 0 to `image_size`. Its centre is anywhere in the image, so that
+            some of it may lie outside (DeVries and Taylor 2017). 0 hides nothing.
         evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
@@ -133,6 +136,7 @@ class CIFARDataModule(LightningDataModule):
         image_size: int = 32,
         augmentation: Literal["zoom", "pad", "none"] = "zoom",
         flip: bool = True,
+        cutout: int = 0,
         evaluation: Literal["auto", "native", "zoom", "crop"] = "auto",
         num_workers: int = 0,
         seed: int | None = None,
@@ -151,6 +155,7 @@ class CIFARDataModule(LightningDataModule):
         self.image_size = image_size
         self.augmentation = augmentation
         self.flip = flip
+        self.cutout = cutout
         self.evaluation = evaluation
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -158,7 +163,7 @@ class CIFARDataModule(LightningDataModule):
         # With the seed in it, a checkpoint goes on in the same order wherever it is moved to.
         self.hparams["seed"] = self.seed
         self.urls = urls
-        self._draws: tuple[int, Tensor] | None = None
+        self._draws: tuple[int, Tensor, Tensor] | None = None  # epoch, draws and cutout's colour
         self._minibatches = 1
         self._shown = -1, 0  # the epoch, and how many of its images all processes have seen
         self._resumed = -1, 0  # that of the checkpoint which training goes on from
@@ -176,6 +181,7 @@ class CIFARDataModule(LightningDataModule):
             "eval_batch_size": (1, 1_000_000),
             "val_size": (0, 1_000_000_000),
             "image_size": (32, 1024),
+            "cutout": (0, self.image_size),
             "num_workers": (0, 256),
             "seed": (0, 2**32 - 1),
         }.items():
@@ -401,7 +407,7 @@ class CIFARDataModule(LightningDataModule):
         return images / 255, labels
 
     def augment(self, canvases: Tensor, positions: Tensor, epoch: int) -> Tensor:
-        """Crops and mirrors training images, each in its own way.
+        """Crops, mirrors and cuts out of training images, each in its own way.
 
         Args:
             canvases: (N, 3, H, W) uint8, as `train_set` serves them.
@@ -412,18 +418,29 @@ class CIFARDataModule(LightningDataModule):
             (N, 3, image_size, image_size) uint8.
         """
         if self._draws is None or self._draws[0] != epoch:
-            self._draws = epoch, self.draw(epoch).to(canvases.device)
-        top, left, flip = self._draws[1][:, positions]
-        return flip_and_crop(canvases, self.image_size, flip.bool(), top, left)
+            colour = (self._statistics[0] * 255).round().to(torch.uint8)
+            self._draws = epoch, self.draw(epoch).to(canvases.device), colour.to(canvases.device)
+        draws = self._draws[1][:, positions]
+        images = flip_and_crop(canvases, self.image_size, draws[2].bool(), draws[0], draws[1])
+        if not self.cutout:
+            return images
+        return cut_out(images, self.cutout, draws[3], draws[4], self._draws[2])
 
     def draw(self, epoch: int) -> Tensor:
-        """Draws an epoch's crops and flips: (3, N) int64, the rows being top, left and flip."""
+        """Draws what an epoch does to each image.
+
+        Returns:
+            (3, N) int64, the rows being top, left and flip; with cutout (5, N), and the last two
+            the row and the column of the square's centre.
+        """
         rng = np.random.default_rng((self.seed, epoch))
         margin = self.train_set.images.shape[-1] - self.image_size
         count = len(self.train_set)
         corners = rng.integers(0, margin, size=(2, count), endpoint=True)
         flips = rng.integers(0, 1, size=(1, count), endpoint=True) * self.flip
-        return torch.from_numpy(np.concatenate([corners, flips]))
+        # The last, so that without it the others are the same.
+        centres = rng.integers(0, self.image_size, size=(2 * bool(self.cutout), count))
+        return torch.from_numpy(np.concatenate([corners, flips, centres]))
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
@@ -458,6 +475,29 @@ def flip_and_crop(images: Tensor, size: int, flip: Tensor, top: Tensor, left: Te
     crops = runs.index_select(0, start.flatten()).view(count, size, size, channels)
     both = torch.cat([crops, crops.flip(2)])
     return both.index_select(0, each + count * flip).permute(0, 3, 1, 2)
+
+
+def cut_out(images: Tensor, side: int, row: Tensor, column: Tensor, colour: Tensor) -> Tensor:
+    """Hides a square of each image, or what of it lies in the image.
+
+    Args:
+        images: (N, C, H, W).
+        side: Of the squares.
+        row: (N,) int64, those of the squares' centres: of an even side, the one below the middle.
+        column: (N,) int64, likewise.
+        colour: (C,), of the dtype of `images`: what is there instead.
+
+    Returns:
+        (N, C, H, W), of the dtype of `images`.
+    """
+
+    def hidden(length: int, centre: Tensor) -> Tensor:
+        behind = torch.arange(length, device=images.device) - (centre - side // 2)[:, None]
+        return (behind >= 0) & (behind < side)
+
+    height, width = images.shape[2:]
+    squares = hidden(height, row)[:, None, :, None] & hidden(width, column)[:, None, None, :]
+    return torch.where(squares, colour.view(-1, 1, 1), images)
 
 
 def zoomed(size: int) -> int:

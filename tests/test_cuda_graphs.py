@@ -412,7 +412,7 @@ def test_no_synchronisation_hides_in_a_step(cifar10: Path) -> None:
     module.trainer = Trainer(logger=False, accelerator="cpu")
     module.trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.1)]
     module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-    data._draws = 0, data.draw(0).to("meta")
+    data._draws = 0, data.draw(0).to("meta"), torch.zeros(3, dtype=torch.uint8, device="meta")
     crops = data.augment(images, positions, epoch=0) / 255
     loss = module.training_step((crops, labels), 0)
     assert isinstance(loss, Tensor)

@@ -97,6 +97,34 @@ def test_augmented_images_are_those_of_torchvision(cifar10: Path) -> None:
         assert torch.equal(shown, torch.stack(expected)), augmentation
 
 
+@pytest.mark.parametrize("side", [1, 7, 10, 32])
+def test_cutout_hides_what_torchvision_erases(cifar10: Path, side: int) -> None:
+    """The images of a training without it, the square's part in the image erased; in two epochs."""
+    options: dict[str, Any] = {"val_size": 0, "augmentation": "pad", "seed": 3}
+    shown = [
+        all_of(fit(CIFARDataModule(str(cifar10), cutout=cutout, **options), epochs=2).seen["train"])
+        for cutout in (0, side)
+    ]
+    data = CIFARDataModule(str(cifar10), cutout=side, **options)
+    data.setup("fit")
+    colour = (torch.from_numpy(CIFAR10(cifar10).data) / 255).mean((0, 1, 2)).mul(255).round() / 255
+    expected = []
+    for epoch in (0, 1):
+        order = torch.randperm(TRAIN_IMAGES, generator=torch.Generator().manual_seed(3 + epoch))
+        plain = shown[0][0][epoch * TRAIN_IMAGES :]
+        centres = data.draw(epoch)[3:].T[order].tolist()
+        for image, (row, column) in zip(plain, centres, strict=False):
+            top, left = max(0, row - side // 2), max(0, column - side // 2)
+            height, width = (
+                min(32, centre - side // 2 + side) - first
+                for centre, first in ((row, top), (column, left))
+            )
+            expected.append(tv.erase(image, top, left, height, width, colour.view(3, 1, 1)))
+    assert torch.equal(shown[1][0], torch.stack(expected))
+    assert torch.equal(shown[0][1], shown[1][1])
+    assert data.draw(0)[3:].unique().tolist() == list(range(32))
+
+
 def test_draws_cover_every_corner_and_both_directions(cifar10: Path) -> None:
     data = CIFARDataModule(str(cifar10), val_size=0)
     data.setup("fit")
