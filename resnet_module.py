@@ -197,6 +197,9 @@ class ResNetModule(LightningModule):
             `total_steps` open (from Python: a `partial` with `total_steps=None`) takes the whole
             run for its cycle.
         lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
+        label_smoothing: How much of each training label is spread over all classes, from 0 to less
+            than 1 (Szegedy et al. 2015). `train/loss` is then that of smoothed labels; validation
+            and test know only the labels as they are.
         **network: The options of `ResNet`.
 
     Raises:
@@ -219,6 +222,7 @@ class ResNetModule(LightningModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
         input_mean: tuple[float, float, float] | None = None,
         input_std: tuple[float, float, float] | None = None,
+        label_smoothing: float = 0.0,
         **network: Any,
     ) -> None:
         super().__init__()
@@ -228,6 +232,10 @@ class ResNetModule(LightningModule):
             )
         if input_std and min(input_std) <= 0:
             raise ValueError(f"input_std is {input_std}: each must be more than 0")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {label_smoothing}: it must be 0 or more, and less than 1"
+            )
         self.save_hyperparameters()
         for name in ("optimizer", "lr_scheduler"):
             # The command line's record of them is plain; a function from Python is not, and a
@@ -238,6 +246,7 @@ class ResNetModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        self.label_smoothing = label_smoothing
         self.network = ResNet(**network)
         self.network.to(memory_format=torch.channels_last)
         self.input_scaling_given = input_mean is not None
@@ -282,8 +291,9 @@ class ResNetModule(LightningModule):
         return self.network(((images - self.mean) / self.std).to(self.mean.dtype))
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss (N,) of each image: cross-entropy."""
-        return F.cross_entropy(logits, labels, reduction="none")
+        """The loss (N,) of each image: cross-entropy, in training with smoothed labels."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
     def _score(self, logits: Tensor, labels: Tensor, metrics: MetricCollection) -> Tensor:
         """The loss of each image, and both metrics brought up to date."""

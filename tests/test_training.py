@@ -100,6 +100,21 @@ def test_training_is_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
     assert history(tmp_path, "lr") == pytest.approx([1e-3, 1e-4, 1e-5])
 
 
+def test_labels_are_smoothed_in_training_alone() -> None:
+    """Against the formula: a tenth of the label is spread over all ten classes."""
+    module = ResNetModule(label_smoothing=0.1, **SMALL)
+    logits, labels = torch.randn(5, 10), torch.tensor([0, 3, 9, 3, 1])
+    targets = 0.9 * F.one_hot(labels, 10) + 0.1 / 10
+    expected = -(targets * logits.log_softmax(1)).sum(1)
+    torch.testing.assert_close(module.train().losses(logits, labels), expected)
+    plain = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(module.eval().losses(logits, labels), plain)
+    torch.testing.assert_close(ResNetModule(**SMALL).train().losses(logits, labels), plain)
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"label_smoothing is {wrong}"):
+            ResNetModule(label_smoothing=wrong, **SMALL)
+
+
 def test_defaults_are_adam_and_a_third_every_20_epochs() -> None:
     config: Any = ResNetModule(**SMALL).configure_optimizers()
     optimizer, scheduler = config["optimizer"], config["lr_scheduler"]["scheduler"]
