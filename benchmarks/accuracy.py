@@ -54,19 +54,21 @@ def train_py(*args: str) -> None:
 
 def fit(recipe: Path, seed: int, options: list[str], folder: Path, place: list[str]) -> Path:
     """Trains a run, or what an interrupted one lacks; returns the run's folder."""
-    runs = [last.parents[1] for last in folder.glob("lightning_logs/*/checkpoints/last.ckpt")]
-    if not runs:
+    from checkpoints import find_checkpoint  # slow to import: only where needed
+
+    logs = folder / "lightning_logs"
+    if not list(logs.glob("*/checkpoints/last.ckpt")):
         train_py("fit", "--config", str(recipe), *options, *place, "--seed_everything", str(seed))
-    elif not is_finished(max(runs)):
+    elif not is_finished(find_checkpoint("last", "fit", logs)):
         train_py("fit", "--ckpt", "last", *place)
-    return max(folder.glob("lightning_logs/*/checkpoints/last.ckpt")).parents[1]
+    return find_checkpoint("last", "fit", logs).parents[1]
 
 
-def is_finished(run: Path) -> bool:
+def is_finished(last: Path) -> bool:
     from checkpoints import epochs_behind, read_checkpoint  # slow to import: only where needed
 
-    done = epochs_behind(read_checkpoint(run / "checkpoints" / "last.ckpt"))
-    return bool(done == yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"])
+    config = yaml.safe_load((last.parents[1] / "config.yaml").read_text())
+    return bool(epochs_behind(read_checkpoint(last)) == config["trainer"]["max_epochs"])
 
 
 def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root: str) -> Row:

@@ -399,9 +399,7 @@ def test_other_ways_to_train_go_on_alike(start: Start, tmp_path: Path, options: 
         ("--data.batch_size=50", 0, ""),
     ],
 )
-def test_a_cycle_goes_on_as_far_as_it_reaches(
-    run: Run, caplog: pytest.LogCaptureFixture, change: str, code: int, line: str
-) -> None:
+def test_a_cycle_goes_on_as_far_as_it_reaches(run: Run, change: str, code: int, line: str) -> None:
     """A run of three epochs, gone on with after two; one that is refused stays as it is."""
     options = [*RUN[:-3], "--seed_everything=3", *ONE_CYCLE]
     stop = "--trainer.callbacks=test_interruptions.StopAfterTwo"
