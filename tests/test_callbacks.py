@@ -58,6 +58,19 @@ def test_accuracy_of_the_classes_makes_up_that_of_all(events: EventAccumulator) 
         assert float(recalls @ shares) == pytest.approx(values(events, "val/acc")[epoch])
 
 
+def test_the_rate_that_matters_is_the_cycles(run: Run) -> None:
+    """And what its line goes down to behind the last epoch, less than 0, is no reason to refuse."""
+    cycle = ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=0.2"]
+    cycle += [f"--model.lr_scheduler.{o}" for o in ("total_steps=10", "anneal_strategy=linear")]
+    cycle += ["--trainer.max_epochs=10", "--trainer.limit_train_batches=1"]
+    outcome = run("fit", *SMALL_DIGITS, *cycle)
+    assert outcome.code == 0, outcome.err
+    events = EventAccumulator("lightning_logs/version_0").Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["lr"].number_value == 0.2
+
+
 def test_options_that_matter_stand_beside_the_best_accuracy(
     events: EventAccumulator, digits_run: DigitsRun
 ) -> None:

@@ -235,6 +235,13 @@ def test_without_normalisation_the_network_sees_zero_to_one(cifar10: Path, tmp_p
     torch.testing.assert_close(module(images), module.network(images))
 
 
+def test_a_scaling_that_is_given_stays_in_training(cifar10: Path, tmp_path: Path) -> None:
+    module = ResNetModule(input_mean=(0.1, 0.2, 0.3), input_std=(0.4, 0.5, 0.6), **SMALL)
+    fit(module, small_data(cifar10), tmp_path, epochs=1)
+    assert module.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert module.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
 def test_normalisation_without_statistics_is_an_error() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     batches: Any = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))]
