@@ -1,126 +1,144 @@
-"""The network outside of this project: one file, images in, probabilities out.
+"""The network as one file that runs without this project: images in, probabilities out.
 
-    python train.py export --ckpt best --output model.onnx    # for ONNX Runtime and its like
-    python train.py export --ckpt best --output model.pt2     # for torch.export.load, C++ included
+    python export.py --output model.onnx                    # for ONNX Runtime
+    python export.py --output model.pt2 --pixels float32    # for torch.export.load
 
-Enlarging, scaling and the names of the classes are inside.
+The file takes images of the original size, (N, 3, H, H), uint8 or float32 in [0, 1], and gives
+probabilities (N, num_classes). Enlarging, input scaling and the names of the classes are inside.
 """
 
+import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
-from cifar_datamodule import CIFARDataModule, zoomed
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet.augment import Evaluation, evaluation_view
+from cifar_resnet.checkpoint import find_checkpoint, read_checkpoint
 from resnet_module import ResNetModule
 
-Pixels = Literal["uint8", "float32"]
-
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-COMPARED = 1000  # images on which the file and PyTorch have to agree
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+COMPARED = 100  # random images on which the file and PyTorch must agree
 TOLERANCE = 1e-3  # of a probability: beyond it the file computes something else
 
 
-class Zoom(nn.Module):
-    """Enlarges by a quarter, pixel for pixel as `F.interpolate` enlarges uint8 images.
+class Parser(argparse.ArgumentParser):
+    """argparse's, with one line for an error."""
 
-    That is rows first, then columns, each with integer weights and rounded to whole levels: two
-    products of matrices, in float32 exact, for all sums stay below 2^24.
-    """
-
-    weights: Tensor
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        identity = torch.eye(size, dtype=torch.float64)[None]
-        weights = F.interpolate(identity, zoomed(size), mode="linear")[0].T
-        bits = 14  # as in torch: the largest weight, which is 0.9 or more, has 15
-        self.unit = float(2**bits)
-        self.register_buffer("weights", (weights * self.unit).round().float())
-
-    def forward(self, levels: Tensor) -> Tensor:
-        """Maps (N, 3, H, H) to (N, 3, 5/4 H, 5/4 H), both float32 of whole numbers 0 to 255."""
-        rows = (levels @ self.weights.T / self.unit + 0.5).floor()
-        return (self.weights @ rows / self.unit + 0.5).floor()
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 class Classifier(nn.Module):
-    """A trained network with what this project does to an image before and after it.
+    """A trained network with what precedes and follows it in evaluation."""
 
-    Args:
-        module: The network; it is put into eval mode.
-        size: Side of the images, in pixels.
-        evaluation: What of an image is seen, as in `CIFARDataModule`.
-    """
-
-    def __init__(self, module: ResNetModule, size: int, evaluation: str) -> None:
+    def __init__(self, module: ResNetModule, evaluation: Evaluation) -> None:
         super().__init__()
-        self.network = module.network.eval()
-        self.register_buffer("mean", module.mean.clone())
-        self.register_buffer("std", module.std.clone())
-        self.zoom = nn.Identity() if evaluation == "native" else Zoom(size)
-        border = (zoomed(size) - size) // 2
-        self.border = border if evaluation == "crop" else 0
+        self.module = module
+        self.evaluation = evaluation
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images (N, 3, H, H), uint8 or float in [0, 1], to probabilities (N, num_classes)."""
-        whole = images.float() if images.dtype == torch.uint8 else (images * 255).round()
-        levels = self.zoom(whole)
-        if self.border:
-            levels = levels[:, :, self.border : -self.border, self.border : -self.border]
-        return self.network((levels / 255 - self.mean) / self.std).softmax(dim=1)
+        """Maps images (N, 3, H, H), uint8 or float32 in [0, 1], to probabilities (N, C)."""
+        if images.dtype == torch.uint8:
+            images = images / 255
+        return self.module(evaluation_view(images, self.evaluation)).softmax(dim=1)
 
 
-def export(module: ResNetModule, data: CIFARDataModule, output: Path, pixels: Pixels) -> float:
-    """Writes the network to a file, once that agrees with PyTorch on real images.
+def main(args: Sequence[str] | None = None) -> None:
+    """Writes the file."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
+    parser.add_argument("--output", type=model_path, required=True, help="a .onnx or .pt2 file")
+    parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
+    options = parser.parse_args(args)
+    try:
+        checkpoint = read_checkpoint(find_checkpoint(options.ckpt, Path("lightning_logs")))
+        module = ResNetModule.from_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    data = CIFARDataModule.from_checkpoint(checkpoint)
+    size = data.hparams["image_size"]
+    images = random_images(size, options.pixels)
+    try:
+        difference = export(module, data.evaluation, images, options.output)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(
+        f"{options.output}: {options.pixels} images (N, 3, {size}, {size}) to probabilities of "
+        f"{len(module.class_names)} classes, at most {difference:.0e} from PyTorch's"
+    )
+
+
+def model_path(text: str) -> Path:
+    """The path of a model that can be written."""
+    path = Path(text)
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .onnx or .pt2")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
+    missing = [name for name in ONNX_PACKAGES if path.suffix == ".onnx" and not find_spec(name)]
+    if missing:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} needs {", ".join(missing)}: pip install -e ".[export]", or give a .pt2 file'
+        )
+    return path
+
+
+def random_images(size: int, pixels: str) -> Tensor:
+    """The same `COMPARED` images each time, uint8 or float32 in [0, 1], of any contrast."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((3, 1, 1), (3, size, size), (1, 1, 1))
+    colour, noise, contrast = (torch.rand(COMPARED, *shape, generator=rng) for shape in shapes)
+    images = colour.lerp(noise, contrast)
+    return images if pixels == "float32" else (images * 255).round().to(torch.uint8)
+
+
+@torch.inference_mode()
+def export(module: ResNetModule, evaluation: Evaluation, images: Tensor, output: Path) -> float:
+    """Writes a network to a file, once that agrees with PyTorch.
 
     Args:
-        module: The trained network.
-        data: Says how images are shown to it, and has test images to compare on.
-        output: The file; its ending, .onnx or .pt2, is its format.
-        pixels: What the file takes: `uint8` images, or `float32` ones in [0, 1].
+        module: The trained network, in eval mode.
+        evaluation: What the network is shown of an image, as in `CIFARDataModule`.
+        images: (N, 3, H, H), N > 1, uint8 or float32 in [0, 1]: what the file takes, and what it
+            is compared on.
+        output: The file, .onnx or .pt2. What was there is replaced.
 
     Returns:
-        The largest difference of a probability between the file and this project.
+        The largest difference of a probability between the file and PyTorch.
 
     Raises:
-        MisconfigurationException: If they don't agree; there is no file then.
+        ValueError: If that is more than `TOLERANCE`; nothing is written then.
     """
-    data.prepare_data()
-    native = data.native_test_set()[0][:COMPARED]
-    module = module.cpu().float().eval()
-    with torch.inference_mode():
-        expected = module(data.evaluation_images(native) / 255).softmax(dim=1)
-    images = native if pixels == "uint8" else native / 255
-    classifier = Classifier(module, data.image_size, data.evaluation).eval()
-    example = images[:2].clone()  # the file keeps it, and would keep all that it is a view of
-    program = torch.export.export(
-        classifier, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-    )
-    half_written = output.with_name(f"{output.stem}.tmp{output.suffix}")
+    # torch.export.save warns of weights in channels_last.
+    classifier = Classifier(module.to(memory_format=torch.contiguous_format), evaluation).eval()
+    example = images[:2].clone()  # the file keeps it, with all that a view belongs to
+    shapes = {"images": {0: Dim("batch")}}
+    program = torch.export.export(classifier, (example,), dynamic_shapes=shapes)
+    part = output.with_name(f"{output.stem}.part{output.suffix}")
     try:
-        found = FORMATS[output.suffix](program, half_written, module.class_names)(images)
-        difference = float((found - expected).abs().max())
+        run = FORMATS[output.suffix](program, part, module.class_names)
+        difference = float((run(images) - classifier(images)).abs().max())
         if not difference < TOLERANCE:
-            raise MisconfigurationException(
+            raise ValueError(
                 f"{output} was not written: it would differ from PyTorch by {difference:.1e}"
             )
-        half_written.replace(output)
+        part.replace(output)
     finally:
-        half_written.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return difference
 
 
 def write_onnx(
-    program: torch.export.ExportedProgram, path: Path, names: list[str]
+    program: ExportedProgram, path: Path, names: Sequence[str]
 ) -> Callable[[Tensor], Tensor]:
-    """Writes an ONNX file, its class names as JSON in its metadata; returns how it is run."""
+    """Writes an ONNX file with the names as JSON in its metadata; returns how it is run."""
     import onnxruntime
 
     onnx = torch.onnx.export(
@@ -128,6 +146,7 @@ def write_onnx(
         dynamo=True,
         input_names=["images"],
         output_names=["probabilities"],
+        dynamic_shapes={"images": {0: "batch"}},
         verbose=False,
     )
     assert onnx is not None
@@ -138,31 +157,15 @@ def write_onnx(
 
 
 def write_pt2(
-    program: torch.export.ExportedProgram, path: Path, names: list[str]
+    program: ExportedProgram, path: Path, names: Sequence[str]
 ) -> Callable[[Tensor], Tensor]:
-    """Writes a file of torch.export, with class_names.json in it; returns how it is run."""
+    """Writes a torch.export file with class_names.json in it; returns how it is run."""
     torch.export.save(program, path, extra_files={"class_names.json": json.dumps(names)})
-    return torch.no_grad()(torch.export.load(path).module())
+    return torch.export.load(path).module()
 
 
 FORMATS = {".onnx": write_onnx, ".pt2": write_pt2}
 
 
-def check_output(output: str) -> Path:
-    """The path to export to.
-
-    Raises:
-        ValueError: If its format is unknown, or what writes it is not installed.
-    """
-    path = Path(output)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"output is {output!r}: its ending must be {' or '.join(FORMATS)}")
-    missing = [name for name in PACKAGES if path.suffix == ".onnx" and not find_spec(name)]
-    if missing:
-        raise ValueError(
-            f"output is {output!r}, but ONNX needs {', '.join(missing)}: "
-            'pip install -e ".[export]", or export to a .pt2 file'
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"output is {output!r}: there is no folder {str(path.parent)!r}")
-    return path
+if __name__ == "__main__":
+    main()

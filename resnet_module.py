@@ -1,30 +1,30 @@
 """The model: a residual network for small images, and the LightningModule that trains and tests it.
 
 `ResNet` is plain PyTorch: images in, logits out. `ResNetModule` adds what training needs: input
-scaling, loss, metrics, optimizer and scheduler, and everything that a checkpoint must remember.
+scaling, loss, metrics, optimizer and learning-rate schedule.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, StepLR
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torch.optim import Adam
+from torch.optim.lr_scheduler import StepLR
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-MOST_PARAMETERS = 10**9
+from cifar_resnet.checkpoint import known_options, load_weights
+
 Shortcut = Literal["conv3x3", "conv1x1", "pad"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+BAR_INTERVAL = 10  # steps from one loss in the progress bar to the next
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -46,10 +46,10 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
-def shortcut_for(
+def make_shortcut(
     kind: Shortcut, in_channels: int, out_channels: int, stride: int
 ) -> nn.Module | None:
-    """The shortcut of a block, None where the identity fits."""
+    """The shortcut of a block; None where the identity fits."""
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "pad":
@@ -60,7 +60,7 @@ def shortcut_for(
     )
 
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     """The residual block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = shortcut_for(shortcut, in_channels, out_channels, stride)
+        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -81,11 +81,11 @@ class Block(nn.Module):
         return F.relu(out, inplace=True)
 
 
-class PreactivationBlock(nn.Module):
+class PreActBlock(nn.Module):
     """The block of He et al. 2016 (arXiv:1603.05027): BN–ReLU–conv twice, nothing after the sum.
 
-    Where shapes differ the shortcut branches off after the first BN–ReLU, and is that paper's bare
-    convolution: what follows the sum is normalised by the next block.
+    Where shapes differ the shortcut branches off after the first BN–ReLU. It is that paper's bare
+    convolution: the next block normalises the sum.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PreactivationBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, stride=stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels)
-        downsample = shortcut_for(shortcut, in_channels, out_channels, stride)
+        downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
         self.downsample = downsample[0] if isinstance(downsample, nn.Sequential) else downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,47 +114,24 @@ class ResNet(nn.Module):
     are named as torchvision names them: layer1 to layer3 are the stages, downsample the shortcuts.
 
     Args:
-        layers: Number of blocks in each of the three stages, 1 to 1,000.
-        num_classes: Number of logits, 1 or more.
+        layers: Number of blocks in each of the three stages.
+        num_classes: Number of logits.
         shortcut: What joins two shapes: `conv3x3` (convolution and BN), `conv1x1` (option B of the
             paper) or `pad` (option A: subsampling and zeros, no parameters).
         preactivation: Use the blocks of He et al. 2016 instead.
-        width: Channels of the stem and of the first stage, 1 to 4,096.
-
-    Raises:
-        ValueError: If an option is out of its range, or the network would have more than 10⁹
-            parameters.
+        width: Channels of the stem and of the first stage.
     """
 
     def __init__(
         self,
-        layers: tuple[int, int, int] = (3, 3, 3),
-        num_classes: int = 10,
+        layers: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 3, 3),
+        num_classes: PositiveInt = 10,
         shortcut: Shortcut = "conv3x3",
         preactivation: bool = False,
-        width: int = 16,
+        width: PositiveInt = 16,
     ) -> None:
         super().__init__()
-        if len(layers) != 3 or not all(1 <= blocks <= 1000 for blocks in layers):
-            raise ValueError(
-                f"layers is {layers}: it takes three numbers of blocks, 1 to 1,000 each"
-            )
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}: it must be 1 or more")
-        if not 1 <= width <= 4096:
-            raise ValueError(f"width is {width}: it must be 1 to 4,096 channels")
-        if shortcut not in ("conv3x3", "conv1x1", "pad"):
-            raise ValueError(f"shortcut is {shortcut!r}: choose conv3x3, conv1x1 or pad")
-        # Two 3×3 convolutions in each block, and the head.
-        parameters = 18 * sum(n * (width << i) ** 2 for i, n in enumerate(layers))
-        parameters += 4 * width * num_classes
-        if parameters > MOST_PARAMETERS:
-            raise ValueError(
-                f"layers is {layers} with width {width} and {num_classes} classes: these are "
-                f"{parameters:.1e} parameters, and {MOST_PARAMETERS:.0e} are the most"
-            )
-
-        block = PreactivationBlock if preactivation else Block
+        block = PreActBlock if preactivation else BasicBlock
 
         def stage(index: int) -> nn.Sequential:
             channels, stride = width * 2**index, 1 if index == 0 else 2
@@ -189,28 +166,23 @@ class ResNetModule(LightningModule):
     Args:
         normalize: Scale the input by mean and standard deviation of the training images, per
             channel; otherwise the network sees [0, 1].
-        input_mean: What each channel of [0, 1] is reduced by, in place of the training images'
-            mean: for a network that was trained elsewhere. Together with `input_std`.
-        input_std: What each channel is then divided by, more than 0.
         optimizer: Any torch optimizer.
-        lr_scheduler: Any torch learning-rate scheduler, or none. A `OneCycleLR` that leaves
-            `total_steps` open (from Python: a `partial` with `total_steps=None`) takes the whole
-            run for its cycle.
+        lr_scheduler: Any torch learning-rate scheduler, or none. A `OneCycleLR` whose `total_steps`
+            is null takes the whole run for its cycle.
         lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
-        label_smoothing: How much of each training label is spread over all classes, from 0 to less
-            than 1 (Szegedy et al. 2015). `train/loss` is then that of smoothed labels; validation
-            and test know only the labels as they are.
+        input_mean: Subtracted from each channel of [0, 1] instead of the training images' mean:
+            for a network that was trained elsewhere. Together with `input_std`.
+        input_std: What each channel is then divided by.
+        label_smoothing: Share of each training label that is spread over all classes (Szegedy et
+            al. 2015, arXiv:1512.00567), 0 to 1. Validation and test never smooth.
+        compile: Mode in which `fit` compiles the network with torch.compile; by default it doesn't.
+            No part of a checkpoint.
         **network: The options of `ResNet`.
-
-    Raises:
-        ValueError: If an option is out of its range.
     """
 
     mean: Tensor
     std: Tensor
-    CHECK_EVERY = 50  # steps from one look at the losses to the next: on a GPU a look has to wait
-    # Set by the fast path: trains on a batch of many mini-batches, and returns its logits.
-    many_steps: Callable[[Tensor, Tensor], Tensor] | None = None
+    example_input_array = torch.zeros(1, 3, 32, 32)  # of which the model summary counts FLOPs
 
     def __init__(
         self,
@@ -221,41 +193,31 @@ class ResNetModule(LightningModule):
         ),
         lr_interval: Literal["epoch", "step"] = "epoch",
         input_mean: tuple[float, float, float] | None = None,
-        input_std: tuple[float, float, float] | None = None,
-        label_smoothing: float = 0.0,
+        input_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None,
+        label_smoothing: ClosedUnitInterval = 0.0,
+        compile: CompileMode | None = None,
         **network: Any,
     ) -> None:
         super().__init__()
         if (input_mean is None) != (input_std is None):
-            raise ValueError(
-                f"input_mean is {input_mean} and input_std is {input_std}: give both or neither"
-            )
-        if input_std and min(input_std) <= 0:
-            raise ValueError(f"input_std is {input_std}: each must be more than 0")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing}: it must be 0 or more, and less than 1"
-            )
-        self.save_hyperparameters()
+            raise ValueError("input_mean and input_std belong together: give both or neither")
+        self.save_hyperparameters(ignore=["compile"], logger=False)
         for name in ("optimizer", "lr_scheduler"):
-            # The command line's record of them is plain; a function from Python is not, and a
-            # checkpoint with one would not load with weights_only.
+            # From the command line they are plain data; from Python functions, which a checkpoint
+            # that is read safely cannot hold.
             if callable(self.hparams[name]):
                 del self.hparams[name]
-        self.normalize = normalize
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
-        self.label_smoothing = label_smoothing
-        self.network = ResNet(**network)
-        self.network.to(memory_format=torch.channels_last)
-        self.input_scaling_given = input_mean is not None
+        self.compile_mode = compile
+        self.network = ResNet(**network).to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(input_mean or (0.0, 0.0, 0.0)).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(input_std or (1.0, 1.0, 1.0)).view(3, 1, 1))
+        self.class_names: list[str] = []
         num_classes = self.network.fc.out_features
-        self.class_names = [str(label) for label in range(num_classes)]
         metrics = MetricCollection(
             {
+                # Checking for NaN would make a GPU wait; the TerminateOnNaN callback checks.
                 "loss": MeanMetric(nan_strategy="disable"),
                 "acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
             }
@@ -263,28 +225,25 @@ class ResNetModule(LightningModule):
         self.train_metrics = metrics.clone(prefix="train/")
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        self.rate = 0.0  # the learning rate at the start of the epoch
-        # Steps before it, learning rate and losses of each batch that nobody has looked at yet.
-        self._unchecked: list[tuple[int, float | Tensor, Tensor]] = []
-        self._interrupted: dict[str, Any] | None = None  # what an epoch had come to
-        # Epochs behind the checkpoint that training goes on from, and its scheduler's state.
-        self._resumed: tuple[int, dict[str, Any]] = 0, {}
 
     def setup(self, stage: str) -> None:
-        """Takes from the data what it has for the network: names, and in training the scaling."""
+        """Takes class names and input scaling from the data; compiles the network for `fit`."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "class_names"):
-            self.class_names = list(data.class_names)
-        if stage != "fit" or not self.normalize or self.input_scaling_given:
+        if names := list(getattr(data, "class_names", [])):
+            if self.class_names not in ([], names):
+                raise MisconfigurationException(
+                    f"the checkpoint was trained on the classes {self.class_names}, but the data "
+                    f"has {names}: use the data set that it was trained on"
+                )
+            self.class_names = names
+        if stage != "fit":
             return
-        if not hasattr(data, "channel_statistics"):
-            raise MisconfigurationException(
-                "normalize is True, but the data has no channel_statistics(): "
-                "use CIFARDataModule, or ResNetModule(normalize=False) on images of your own scale"
-            )
-        mean, std = data.channel_statistics()
-        self.mean.copy_(mean.view(3, 1, 1))
-        self.std.copy_(std.view(3, 1, 1))
+        if self.hparams["normalize"] and self.hparams["input_mean"] is None:
+            mean, std = data.channel_statistics()
+            self.mean.copy_(mean.view(3, 1, 1))
+            self.std.copy_(std.view(3, 1, 1))
+        if self.compile_mode:
+            self.network.compile(mode=self.compile_mode)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps float images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
@@ -292,315 +251,98 @@ class ResNetModule(LightningModule):
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss (N,) of each image: cross-entropy, in training with smoothed labels."""
-        smoothing = self.label_smoothing if self.training else 0.0
+        smoothing = self.hparams["label_smoothing"] if self.training else 0.0
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
-    def _score(self, logits: Tensor, labels: Tensor, metrics: MetricCollection) -> Tensor:
-        """The loss of each image, and both metrics brought up to date."""
+    def update_metrics(self, metrics: MetricCollection, logits: Tensor, labels: Tensor) -> Tensor:
+        """Updates loss and accuracy; returns the loss (N,) of each image."""
         losses = self.losses(logits, labels)
-        # One by one: torchmetrics 1.9 forgets the weight of a mean when NaN checks are off.
         metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
         return losses
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self.many_steps(images, labels) if self.many_steps else self(images)
-        losses = self._score(logits, labels, self.train_metrics)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._unchecked.append((self.trainer.global_step, rate, losses.detach()))
-        if len(self._unchecked) >= self.CHECK_EVERY:
-            self.check_losses()
-        loss = losses.mean()
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and (self.many_steps or batch_idx % interval == 0):
+        loss = self.update_metrics(self.train_metrics, self(images), labels).mean()
+        if batch_idx % BAR_INTERVAL == 0:
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return None if self.many_steps else loss
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        if self.many_steps and optimizer_closure:
-            optimizer_closure()  # it is training_step, which has taken the steps
-        else:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the logits (N, num_classes), for callbacks to look at."""
+        """Returns the logits (N, num_classes), which callbacks collect."""
         images, labels = batch
-        self._score(logits := self(images), labels, self.val_metrics)
+        self.update_metrics(self.val_metrics, logits := self(images), labels)
         return logits
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the logits (N, num_classes), for callbacks to look at."""
+        """Returns the logits (N, num_classes), which callbacks collect."""
         images, labels = batch
-        self._score(logits := self(images), labels, self.test_metrics)
+        self.update_metrics(self.test_metrics, logits := self(images), labels)
         return logits
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""
         return self(batch[0]).float().softmax(dim=1)
 
-    def check_losses(self) -> None:
-        """Looks at the losses since the last time.
-
-        Raises:
-            FloatingPointError: If one is not finite, in any process.
-        """
-        unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return
-        last = self.trainer.global_step
-        bad, rate = last + 1, unchecked[-1][1]  # none so far
-        if not torch.cat([losses for _, _, losses in unchecked]).isfinite().all():
-            step, rate, losses = next(part for part in unchecked if not part[2].isfinite().all())
-            image = int((~losses.isfinite()).nonzero()[0])
-            # The fast path takes many steps at once.
-            bad = step + image // self.trainer.datamodule.batch_size if self.many_steps else step  # type: ignore[attr-defined]
-        if self.trainer.world_size > 1:
-            number = torch.tensor(float(bad), device=self.device)
-            bad = int(self.trainer.strategy.reduce(number, reduce_op="min"))
-        if bad <= last:
-            self._refuse(f"the loss is not finite (nan or inf) in step {bad + 1}", rate)
-
-    def _refuse(self, fault: str, rate: float | Tensor) -> None:
-        cycle = "max_lr" in self.trainer.optimizers[0].param_groups[0]  # which the rate follows
-        option = "--model.lr_scheduler.max_lr" if cycle else "--model.optimizer.lr"
-        raise FloatingPointError(
-            f"{fault}, in epoch {self.current_epoch + 1}, at a learning rate of {float(rate):g}: "
-            "training has stopped, and its checkpoints are those from before. Try a lower rate "
-            f"({option}) or --trainer.gradient_clip_val 1"
-        )
-
     # Metrics are logged once per epoch: in every step it would cost more than the metrics do.
+    # Lightning draws them against "step", here the epochs done, which depend on no batch size.
+    def on_train_epoch_start(self) -> None:
+        self.lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
     def on_train_epoch_end(self) -> None:
-        self.check_losses()
-        self.log("lr", self.rate)
+        self.log("lr", self.lr)
         self.log_dict(self.train_metrics, prog_bar=True)
-        self._log_against_epochs()
-        if plateau := self._plateau():
-            metrics = self.trainer.callback_metrics
-            if plateau.monitor in metrics:
-                plateau.step(metrics[plateau.monitor])
-
-    def _plateau(self) -> ReduceLROnPlateau | None:
-        """The scheduler, if it is one that looks at a metric after each epoch."""
-        scheduler = self.lr_schedulers()
-        waits = isinstance(scheduler, ReduceLROnPlateau) and self.lr_interval == "epoch"
-        return scheduler if waits else None  # type: ignore[return-value]
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        # Lightning would step it after the epoch's checkpoint is saved, and not at all in a run
-        # that goes on from that.
-        if self._plateau() is None:
-            super().lr_scheduler_step(scheduler, metric)
+        self.log("step", float(self.current_epoch + 1))
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_metrics, prog_bar=True)
-        self._log_against_epochs()
-
-    def _log_against_epochs(self) -> None:
-        """Has Lightning log against the epochs done, not the steps, which depend on the batch."""
         self.log("step", float(self.current_epoch + 1))
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.test_metrics)
 
-    def on_train_epoch_start(self) -> None:
-        self.rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-
-    def on_train_start(self) -> None:
-        """Takes up what an interrupted epoch had come to; of several processes, the first does."""
-        epoch, self._interrupted = self._interrupted, None
-        if epoch is None:
-            return
-        self.rate = epoch["rate"]
-        for name, states in epoch["metrics"].items() if self.trainer.is_global_zero else ():
-            metric = self.train_metrics[name]
-            metric._update_count = 1  # it has been: there is no need to warn
-            for state, value in states.items():
-                setattr(metric, state, value.to(metric.device))
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Makes the optimizer and the scheduler.
-
-        Raises:
-            MisconfigurationException: If the scheduler's steps and those of the run do not match.
-        """
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.schedule(optimizer)
-        if total := getattr(scheduler, "total_steps", None):
-            self._check_cycle(total, steps_of_run(self.trainer, self.lr_interval))
+        interval, options = self.hparams["lr_interval"], {}
+        given = getattr(self.lr_scheduler, "keywords", {})
+        if given.get("total_steps", 0) is None and given.get("epochs") is None:
+            if self.trainer.max_epochs == -1:
+                raise MisconfigurationException(
+                    "lr_scheduler.total_steps is null, but the run has no end: give it or "
+                    "--trainer.max_epochs"
+                )
+            steps = self.trainer.estimated_stepping_batches
+            options["total_steps"] = steps if interval == "step" else self.trainer.max_epochs
+        scheduler: Any = self.lr_scheduler(optimizer, **options)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
                 "scheduler": scheduler,
-                "interval": self.lr_interval,
+                "interval": interval,
                 "monitor": getattr(scheduler, "monitor", None),  # ReduceLROnPlateau has one
             },
         }
 
-    def schedule(
-        self, optimizer: Optimizer, steps: float | None = None
-    ) -> LRScheduler | ReduceLROnPlateau:
-        """The scheduler; one that leaves `total_steps` open takes `steps`, or those of the run."""
-        assert self.lr_scheduler is not None
-        if not self._takes_the_run():
-            return self.lr_scheduler(optimizer)
-        total = steps_of_run(self.trainer, self.lr_interval) if steps is None else steps
-        if math.isinf(total):
-            raise MisconfigurationException(
-                "the scheduler's total_steps is None, and nothing limits the run: give "
-                "--model.lr_scheduler.total_steps or --trainer.max_epochs"
-            )
-        try:
-            return self.lr_scheduler(optimizer, total_steps=int(total))  # type: ignore[call-arg]
-        except (ValueError, ZeroDivisionError) as error:
-            raise MisconfigurationException(
-                f"the scheduler cannot take the run's {int(total)} {self.lr_interval}s for its "
-                f"cycle ({error}): train for longer, or give --model.lr_scheduler.total_steps"
-            ) from error
-
-    def _takes_the_run(self) -> bool:
-        """Whether the scheduler leaves it to the run how many steps it has."""
-        given = self.lr_scheduler.keywords if isinstance(self.lr_scheduler, partial) else {}
-        return given.get("total_steps", 0) is None and given.get("epochs") is None
-
-    def _check_cycle(self, has: int, needs: float) -> None:
-        """Refuses to train beyond a scheduler's last step; says where training ends before it."""
-        if has < needs < math.inf:
-            raise MisconfigurationException(
-                f"the run takes {needs:.0f} {self.lr_interval}s from here, and its scheduler has "
-                f"{has} left of its total_steps: begin a new run, or train for less long"
-            )
-        if self._takes_the_run() and needs < has:
-            self.print(
-                f"The run ends {has - needs:.0f} {self.lr_interval}s before its learning rate does"
-            )
-
-    @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "ResNetModule":
-        """Lightning's, but nothing in the environment makes it run what a file holds."""
-        return super().load_from_checkpoint(*args, **{"weights_only": True, **kwargs})
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning does not know of.
-
-        Raises:
-            FloatingPointError: If training has failed, so that the checkpoint would be spoilt.
-        """
         checkpoint["class_names"] = self.class_names
-        if self._trainer is None or (not self.trainer.training and not self.trainer.validating):
-            return
-        self.check_losses()
-        weights = [
-            value for value in checkpoint["state_dict"].values() if value.is_floating_point()
-        ]
-        if not torch.stack([value.isfinite().all() for value in weights]).all():
-            step = self.trainer.global_step
-            self._refuse(f"a weight is not finite (nan or inf) after step {step}", self.rate)
-        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            metrics = {name: totals(metric) for name, metric in self.train_metrics.items(True)}
-            checkpoint["interrupted_epoch"] = {"rate": self.rate, "metrics": metrics}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._interrupted = checkpoint.get("interrupted_epoch")
-        names = checkpoint["class_names"]
-        data: Any = self._trainer and self.trainer.datamodule  # type: ignore[attr-defined]
-        if data and list(getattr(data, "class_names", names)) != names:
-            raise MisconfigurationException(
-                f"the checkpoint was trained on the classes {names}, but the data has "
-                f"{list(data.class_names)}: use the data set that it was trained on"
-            )
-        check_state_dict(checkpoint["state_dict"], self, "the checkpoint")
-        self.class_names = names
-        schedulers: list[dict[str, Any]] = checkpoint.get("lr_schedulers", [])
-        self._resumed = checkpoint["epoch"] + (self._interrupted is None), dict(*schedulers)
+        self.class_names = checkpoint["class_names"]
 
-    def on_fit_start(self) -> None:
-        """Checks that what is left of a run suits what is left of its scheduler's steps.
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ResNetModule":
+        """A trained network, in eval mode on the CPU, from what `read_checkpoint` returns.
 
         Raises:
-            MisconfigurationException: If the run would go on beyond them.
+            ValueError: If the weights do not fit the stored options.
         """
-        (behind, scheduler), self._resumed = self._resumed, (0, {})
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if "total_steps" not in scheduler or not hasattr(data, "batches_done"):
-            return
-        if self.lr_interval == "step":
-            into_epoch = (data.batches_done() or 0) / self.trainer.accumulate_grad_batches
-            behind = behind * steps_per_epoch(self.trainer) + math.ceil(into_epoch)
-        left = scheduler["total_steps"] - scheduler["last_epoch"]
-        self._check_cycle(left, steps_of_run(self.trainer, self.lr_interval) - behind)
-
-    def load_network(self, state_dict: Mapping[str, Any], name: str | Path = "it") -> None:
-        """Loads the weights of a bare network; `name` stands for them in an error.
-
-        Raises:
-            MisconfigurationException: If they do not fit the network.
-        """
-        check_state_dict(state_dict, self.network, str(name))
-        self.network.load_state_dict(state_dict)
-
-
-def totals(metric: Metric) -> dict[str, Tensor]:
-    """The sums that a metric is made of, over all processes."""
-    with metric.sync_context():
-        states: dict[str, Any] = metric.metric_state
-        return {name: value.detach().cpu().clone() for name, value in states.items()}
-
-
-def check_state_dict(state_dict: Mapping[str, Any], module: nn.Module, name: str) -> None:
-    """Raises a MisconfigurationException in one sentence unless `state_dict` fits `module`."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {
-        key: tuple(value.shape) for key, value in state_dict.items() if hasattr(value, "shape")
-    }
-    for key in expected.keys() - found.keys():
-        if key.endswith("num_batches_tracked"):  # files of PyTorch 0.3, the note's, have none
-            del expected[key]
-    faults = (
-        [f"it lacks {key}" for key in expected.keys() - found.keys()]
-        + [f"it has an unknown {key}" for key in found.keys() - expected.keys()]
-        + [
-            f"{key} is {found[key]} and should be {expected[key]}"
-            for key in expected.keys() & found.keys()
-            if found[key] != expected[key]
-        ]
-    )
-    if faults:
-        raise MisconfigurationException(
-            f"{name} does not fit the network: {sorted(faults)[0]} "
-            f"({len(faults)} such faults); "
-            "give the options that the network was trained with (layers, width, shortcut, the "
-            "data set, ...)"
-        )
-
-
-def steps_of_run(trainer: Trainer, interval: Literal["epoch", "step"]) -> float:
-    """Epochs or optimizer steps of a whole run, from its first; `inf` where nothing limits it."""
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
-    if interval == "epoch":
-        return epochs
-    if not hasattr(trainer.datamodule, "batches_per_epoch"):  # type: ignore[attr-defined]
-        return trainer.estimated_stepping_batches
-    steps = steps_per_epoch(trainer) * epochs
-    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
-
-
-def steps_per_epoch(trainer: Trainer) -> int:
-    """Optimizer steps of a whole epoch of a `CIFARDataModule`.
-
-    Lightning's own estimate would build the batches, before the fast path has chosen their size,
-    and count but the rest of an epoch that was interrupted.
-    """
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches, limit = data.batches_per_epoch(), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return math.ceil(batches / trainer.accumulate_grad_batches)
+        options = known_options(checkpoint["hyper_parameters"], cls, ResNet)
+        for name in ("optimizer", "lr_scheduler"):
+            options.pop(name, None)
+        module = cls(**options)
+        load_weights(module, checkpoint)
+        num_classes = module.network.fc.out_features
+        module.class_names = checkpoint["class_names"] or [str(i) for i in range(num_classes)]
+        return module.eval()

@@ -2,12 +2,10 @@
 
     python benchmarks/accuracy.py recipes/fast.yaml recipes/strong.yaml --seeds 0 1 2
     python benchmarks/accuracy.py recipes/fast.yaml --seeds 0 -- --model.layers='[9,9,9]'
-    python benchmarks/accuracy.py              # trains nothing: the table of what was measured
+    python benchmarks/accuracy.py              # trains nothing: the table of all results
 
-What stands behind `--` goes to `fit`. Each run adds a line to benchmarks/results/accuracy.jsonl,
-and is not repeated; one that was interrupted goes on. The checkpoint that is tested is the one with
-the best validation accuracy: the test set has no say in anything. The plain accuracy shows each
-image once; that of `--mirror` stands in a column of its own.
+Options behind `--` go to `fit`. Each run adds a line to benchmarks/results/accuracy.jsonl and is
+not repeated; an interrupted one resumes. The best checkpoint by validation accuracy is tested.
 """
 
 import argparse
@@ -23,12 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import t
 
 PROJECT = Path(__file__).absolute().parents[1]
 RESULTS = PROJECT / "benchmarks" / "results" / "accuracy.jsonl"
+HEADER = ("recipe", "data", "device", "n", "val, %", "test, %", "mirrored, %", "fit, min")
 Row = dict[str, Any]
 
 
@@ -38,59 +34,52 @@ def read_rows(results: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-def train_py(*args: str) -> None:
-    """Runs a command of train.py, which on a signal saves its run; ends with its exit code."""
-    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *args])
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # terminals send it to both
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    }
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def train_py(*arguments: str) -> None:
+    """Runs a command of train.py; ends with its exit code if it fails."""
+    code = subprocess.run([sys.executable, str(PROJECT / "train.py"), *arguments]).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
 
 def fit(recipe: Path, seed: int, options: list[str], folder: Path, place: list[str]) -> Path:
-    """Trains a run, or what an interrupted one lacks; returns the run's folder."""
-    from checkpoints import find_checkpoint  # slow to import: only where needed
+    """Trains a run, or resumes an interrupted one; returns the run's folder."""
+    from cifar_resnet.checkpoint import find_checkpoint  # slow to import
 
     logs = folder / "lightning_logs"
     if not list(logs.glob("*/checkpoints/last.ckpt")):
         train_py("fit", "--config", str(recipe), *options, *place, "--seed_everything", str(seed))
-    elif not is_finished(find_checkpoint("last", "fit", logs)):
+    elif not is_finished(find_checkpoint("last", logs)):
         train_py("fit", "--ckpt", "last", *place)
-    return find_checkpoint("last", "fit", logs).parents[1]
+    return find_checkpoint("last", logs).parents[1]
 
 
 def is_finished(last: Path) -> bool:
-    from checkpoints import epochs_behind, read_checkpoint  # slow to import: only where needed
+    """Whether the run of this checkpoint has completed all its epochs."""
+    from cifar_resnet.checkpoint import completed_epochs, read_checkpoint
 
     config = yaml.safe_load((last.parents[1] / "config.yaml").read_text())
-    return bool(epochs_behind(read_checkpoint(last)) == config["trainer"]["max_epochs"])
+    return bool(completed_epochs(read_checkpoint(last)) == config["trainer"]["max_epochs"])
 
 
 def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root: str) -> Row:
-    """Trains and tests one run, which lies, or will lie, in `folder`."""
+    """Trains and tests one run in `folder`."""
     place = ["--trainer.default_root_dir", str(folder), "--data.root", data_root]
     run = fit(recipe, seed, options, folder, place)
+    row = describe(recipe.stem, seed, options, run) | {"val": None}
     config = yaml.safe_load((run / "config.yaml").read_text())
-    figures = {"val": None, "test": None, "test_mirrored": None}
-    for stage, verb in (("val", "validate"), ("test", "test")):
-        if stage == "val" and config["data"]["val_size"] == 0:
+    checkpoints = run / "checkpoints"
+    for name, verb in (("val", "validate"), ("test", "test")):
+        if name == "val" and config["data"]["val_size"] == 0:
             continue
-        train_py(verb, "--ckpt", str(run / "checkpoints" / "best.ckpt"), "--mirror", *place)
-        report = json.loads((run / "checkpoints" / f"{verb}.json").read_text())
-        figures[stage] = round(100 * report["acc"], 2)
-        if stage == "test":
-            figures["test_mirrored"] = round(100 * report["acc_mirrored"], 2)
+        train_py(verb, "--ckpt", str(checkpoints / "best.ckpt"), "--mirror", *place)
+        report = json.loads((checkpoints / f"{verb}.json").read_text())
+        row[name] = round(100 * report["acc"], 2)
+    return row | {"test_mirrored": round(100 * report["acc_mirrored"], 2)}
+
+
+def describe(recipe: str, seed: int, options: list[str], run: Path) -> Row:
+    """What a run was, without its accuracy; `seconds` is None if it was interrupted."""
     starts = json.loads((run / "run.json").read_text())
-    return row(recipe.stem, seed, options, starts, run) | figures
-
-
-def row(recipe: str, seed: int, options: list[str], starts: list[Row], run: Path) -> Row:
-    """What a run was, without its figures; `seconds` is None for one that was interrupted."""
     first = starts[0]
     begun = datetime.datetime.fromisoformat(first["date"]).timestamp()
     ended = (run / "checkpoints" / "last.ckpt").stat().st_mtime
@@ -106,73 +95,77 @@ def row(recipe: str, seed: int, options: list[str], starts: list[Row], run: Path
 
 def spread(values: list[float]) -> str:
     """`92.10 ± 0.15 (91.73 to 92.47)`: mean, standard deviation, 95 % interval of the mean."""
+    from scipy.stats import t  # slow to import
+
+    if not values:
+        return "–"
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) == 1:
         return f"{mean:.2f}"
     std = statistics.stdev(values)
     half = float(t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
     return f"{mean:.2f} ± {std:.2f} ({mean - half:.2f} to {mean + half:.2f})"
 
 
-def summary(rows: list[Row]) -> list[tuple[str, ...]]:
-    """A line of the table for each recipe, data set, options and device."""
+def summarize(rows: list[Row]) -> list[tuple[str, ...]]:
+    """A line of the table for each recipe, options, data set and device."""
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for one in rows:
-        device = f"{one['device']}, {one['precision']}"
-        key = (one["recipe"], one["dataset"], one["options"], device)
-        groups.setdefault(key, []).append(one)
+    for row in rows:
+        name = f"{row['recipe']} {row['options']}".strip()
+        device = f"{row['device']}, {row['precision']}"
+        groups.setdefault((name, row["dataset"], device), []).append(row)
     lines = []
-    for (recipe, dataset, options, device), group in groups.items():
-        cells = []
-        for name, scale in (("val", 1), ("test", 1), ("test_mirrored", 1), ("seconds", 1 / 60)):
-            values = [one[name] * scale for one in group if one.get(name) is not None]
-            minutes = f"{statistics.fmean(values):.1f}" if values else "–"
-            cells.append(minutes if name == "seconds" or not values else spread(values))
-        name = f"{recipe} {options}".strip()
-        lines.append((name, dataset, device, str(len(group)), *cells))
+    for key, group in groups.items():
+        values = {
+            name: [row[name] for row in group if row.get(name) is not None]
+            for name in ("val", "test", "test_mirrored", "seconds")
+        }
+        seconds = values.pop("seconds")
+        minutes = f"{statistics.fmean(seconds) / 60:.1f}" if seconds else "–"
+        lines.append((*key, str(len(group)), *map(spread, values.values()), minutes))
     return lines
 
 
-def show(rows: list[Row]) -> None:
-    """Prints the table as Markdown, or nicely in a terminal."""
-    heads = ("recipe", "data", "device", "n", "val, %", "test, %", "mirrored, %", "fit, min")
-    if not sys.stdout.isatty():
-        for line in (heads, ("---",) * len(heads), *summary(rows)):
-            print(f"| {' | '.join(line)} |")
-        return
-    table = Table(*heads)
-    for line in summary(rows):
-        table.add_row(*line)
-    Console().print(table)
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this script, and behind `--` those for `fit`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("recipes", nargs="*", type=Path)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--runs", type=Path, default=Path("accuracy_runs"), help="folder for the runs"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of all results")
+    parser.add_argument("--data.root", "--data_root", dest="data_root", default="data")
+    parsed = parser.parse_args(arguments[:end])
+    for recipe in parsed.recipes:
+        if not recipe.is_file():
+            parser.error(f"recipes is {str(recipe)!r}: there is no such file")
+    return parsed, arguments[end + 1 :]
 
 
 def main() -> None:
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    ours, options = sys.argv[1:end], sys.argv[end + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="*", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs", type=Path, default=Path("accuracy_runs"), help="their folder")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--data_root", default="data")
-    args = parser.parse_args(ours)
-    for recipe in args.recipes:
-        if not recipe.is_file():
-            parser.error(f"there is no recipe {str(recipe)!r}")
-    for recipe in args.recipes:
-        for seed in args.seeds:
-            known = {(r["recipe"], r["seed"], r["options"]) for r in read_rows(args.results)}
-            if (recipe.stem, seed, " ".join(options)) in known:
-                said = f"{recipe.stem} with seed {seed} stands in {args.results}"
-                print(f"{said}, and is not measured again (--results names another file)")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Ends the running command, too: subprocess.run kills it. Its checkpoints are whole.
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    arguments, options = parse_arguments(sys.argv[1:])
+    for recipe in arguments.recipes:
+        for seed in arguments.seeds:
+            key = (recipe.stem, seed, " ".join(options))
+            rows = read_rows(arguments.results)
+            if key in [(row["recipe"], row["seed"], row["options"]) for row in rows]:
+                print(f"{recipe.stem} with seed {seed} is in {arguments.results}: skipped")
                 continue
             name = re.sub(r"[^\w.,=-]+", "_", " ".join([recipe.stem, *options]))
-            folder = args.runs.absolute() / name / f"seed_{seed}"
-            one = measure(recipe, seed, options, folder, args.data_root)
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(one) + "\n")
-    show(read_rows(args.results))
+            folder = arguments.runs.absolute() / name / f"seed_{seed}"
+            row = measure(recipe, seed, options, folder, arguments.data_root)
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    for line in (HEADER, ("---",) * len(HEADER), *summarize(read_rows(arguments.results))):
+        print(f"| {' | '.join(line)} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: small data sets in CIFAR's own format, and the command line in-process."""
+"""What the tests share: a small CIFAR in its own format, and the command line in this process."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,6 @@ import pickle
 import shutil
 import signal
 import sys
-import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import cifar_datamodule
-import download
 import train
+from cifar_resnet.datasets import CIFAR, DATASETS
 
 torch.set_num_threads(1)  # the networks here are too small to share out
 
@@ -70,8 +68,8 @@ def write_cifar(root: Path, source: type[CIFAR10], patch: pytest.MonkeyPatch) ->
     patch.setattr(source, "meta", {**source.meta, "md5": md5})
     # No test reaches the network: what is not there cannot be fetched either.
     patch.setattr(source, "url", (root / "nowhere" / source.filename).as_uri())
-    known = {"cifar10": (10, TRAIN_IMAGES), "cifar100": (100, TRAIN_IMAGES)}
-    patch.setattr(cifar_datamodule, "BUILT_IN", {**cifar_datamodule.BUILT_IN, **known})
+    name = "cifar100" if hundred else "cifar10"
+    patch.setitem(DATASETS, name, CIFAR(source, classes))  # without mirrors
     return root
 
 
@@ -85,19 +83,6 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with 250 + 60 images of noise in CIFAR-100's format."""
     return write_cifar(tmp_path / "cifar", CIFAR100, monkeypatch)
-
-
-def pack(root: Path, source: type[CIFAR10], patch: pytest.MonkeyPatch) -> Path:
-    """Packs the batches in `root` as the official archive, and removes them."""
-    archive = root / source.filename
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(root / source.base_folder, source.base_folder)
-    for path in (root / source.base_folder).iterdir():
-        path.unlink()
-    (root / source.base_folder).rmdir()
-    patch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    patch.setitem(download.SIZES, archive.name, archive.stat().st_size)
-    return archive
 
 
 @dataclass
@@ -118,11 +103,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.chdir(tmp_path)
 
     def command(*args: str) -> Outcome:
-        quiet = [
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-            "--pictures.every_n_epochs=0",
-        ]
+        quiet = ["--trainer.enable_model_summary=false", "--pictures.every_n_epochs=0"]
         code = 0
         capfd.readouterr()
         try:
@@ -212,7 +193,7 @@ def start(start_anywhere: Start, tmp_path: Path) -> Start:
 
 @dataclass
 class DigitsRun:
-    """A finished `fit` of a tiny network on the digits, pictures included."""
+    """A finished `fit` of a tiny network on the digits, with pictures."""
 
     folder: Path  # lightning_logs/version_0
     command: list[str]

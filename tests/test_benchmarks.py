@@ -1,76 +1,37 @@
-"""The benchmark counts what it says it counts."""
+"""The benchmarks measure what they say, and go on where they were interrupted."""
 
+import copy
+import io
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import accuracy
+import batch_statistics
 import numpy as np
 import pytest
 import sides
 import speed
 import torch
+import yaml
 from scipy import stats
-from torch.utils.flop_counter import FlopCounterMode
+from sklearn.metrics import accuracy_score
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet.augment import evaluation_view
+from cifar_resnet.datasets import DATASETS
+from resnet_module import ResNetModule
 
 BENCHMARKS = Path(speed.__file__).parent
-
-
-def test_operations_of_a_training_step() -> None:
-    """Against the formula: each convolution's products, once forward and twice backward."""
-    # Stem; six convolutions of stage 1; in stages 2 and 3 two that widen and five that do not.
-    stem = 32 * 32 * 9 * 3 * 16
-    widening = 2 * 9 * (16 * 16 * 16 * 32 + 8 * 8 * 32 * 64)
-    others = 9 * (6 * 32 * 32 * 16 * 16 + 5 * 16 * 16 * 32 * 32 + 5 * 8 * 8 * 64 * 64)
-    products = 3 * (stem + widening + others + 64 * 10) - stem  # images need no gradient
-    step = speed.training_step(batch_size=2)
-    with FlopCounterMode(display=False) as counted:
-        step()
-    assert counted.get_total_flops() == 2 * 2 * products
-
-
-def test_bytes_are_those_read_and_written() -> None:
-    a, b = torch.ones(10, 10), torch.ones(10, 10, dtype=torch.float64)
-    with speed.ByteCounter() as counted:
-        a + a.t()
-        b.add_(1)
-    assert counted.bytes == 3 * 400 + 2 * 800
-
-
-def test_a_turn_stands_for_an_epoch_without_its_validation() -> None:
-    turns = sides.Turns(images=18_000)
-    turns.marks = [11.0, 15.0, 16.0, 36.0]
-    # 45,000 images would take 10 s in place of 4, and the 20 s after them.
-    assert turns.figures() == {"images_per_s": 1500.0, "validation_s": 1.0}
-    turns.marks = [0.0, 12.0]
-    assert turns.figures() == {"images_per_s": 1500.0, "validation_s": 0.0}
-
-
-def test_noise_is_shaped_like_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What sides.py changes of the project in its own process is undone in this one.
-    monkeypatch.setattr(sides.cifar_datamodule, "CIFAR", {})
-    monkeypatch.setattr(sides.cifar_datamodule, "provide", sides.cifar_datamodule.provide)
-    images, labels = next(iter(sides.per_image_loader(str(tmp_path), num_workers=0)))
-    assert images.shape == (100, 3, 32, 32)
-    assert images.dtype == torch.float32
-    assert 0 <= images.min() < images.max() <= 1
-    assert labels.shape == (100,)
-
-
-@pytest.mark.slow
-def test_speed_is_measured(tmp_path: Path) -> None:
-    output = tmp_path / "speed.json"
-    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--quick", f"--output={output}"]
-    done = subprocess.run(
-        [*command, f"--data.root={tmp_path}"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text())
-    assert results["sides"]["C"]["images_per_s"]["median"] > 0
-    assert 0 < results["sides"]["validation_share"]["median"] < 1
-    for row in ("| C |", "| C/A |", "| evaluation |", "| operations |", "| image_size | 64 |"):
-        assert row in done.stdout
+EPOCHS = 2
 
 
 @pytest.fixture
@@ -81,43 +42,316 @@ def row() -> accuracy.Row:
     }  # fmt: skip
 
 
-def test_table_gives_mean_deviation_and_interval(row: accuracy.Row) -> None:
-    """Against scipy's interval of a mean."""
+def test_table_gives_mean_std_and_interval_as_scipy(row: accuracy.Row) -> None:
     values = [91.0, 92.0, 94.0]
     rows = [row | {"test": value, "seconds": None} for value in values]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    (line,) = accuracy.summary(rows)
+    (line,) = accuracy.summarize(rows)
     assert line[3] == "3"
     assert line[5] == f"92.33 ± {np.std(values, ddof=1):.2f} ({low:.2f} to {high:.2f})"
     assert line[6] == "91.50 ± 0.00 (91.50 to 91.50)"
     assert line[7] == "–"
 
 
-def test_runs_of_other_options_and_data_have_lines_of_their_own(row: accuracy.Row) -> None:
+def test_other_options_data_and_devices_have_their_own_lines(row: accuracy.Row) -> None:
     others = {"options": "--model.width 8", "dataset": "cifar100", "device": "gpu"}
     others["precision"] = "bf16-mixed"
     rows = [row, *(row | {name: value} for name, value in others.items())]
-    assert [line[3] for line in accuracy.summary(rows)] == ["1"] * 5
+    assert [line[3] for line in accuracy.summarize(rows)] == ["1"] * 5
+
+
+def write_checkpoint(path: Path, module: ResNetModule | None = None, epoch: int = 0) -> None:
+    """Writes what a run of the digits would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Any] = {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": module.state_dict() if module else {},
+        "hyper_parameters": dict(module.hparams) if module else {},
+        "datamodule_hyper_parameters": {"dataset": "digits"},
+        "class_names": [str(digit) for digit in range(10)],
+        "epoch": epoch,
+        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
+    }
+    torch.save(parts, path)
+
+
+class FakeTraining:
+    """Takes the place of `accuracy.train_py`: writes what train.py would, and notes the calls."""
+
+    def __init__(self, folder: Path, val_size: int = 5) -> None:
+        self.run = folder / "lightning_logs" / "version_0"
+        self.val_size = val_size
+        self.calls: list[str] = []
+
+    def write_run(self, completed: int) -> None:
+        checkpoints = self.run / "checkpoints"
+        write_checkpoint(checkpoints / "last.ckpt", epoch=completed - 1)
+        config = {"trainer": {"max_epochs": EPOCHS}, "data": {"val_size": self.val_size}}
+        (self.run / "config.yaml").write_text(yaml.safe_dump(config))
+        date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - 100))
+        start = {"date": date, "commit": None, "device": "cpu", "precision": "32-true"}
+        figures = {"threads": 1, "versions": {}, "data": {"dataset": "digits"}}
+        (self.run / "run.json").write_text(json.dumps([start | figures]))
+
+    def __call__(self, verb: str, *arguments: str) -> None:
+        self.calls.append(" ".join([verb, *arguments[:2]]))
+        if verb == "fit":
+            self.write_run(EPOCHS)
+        else:
+            report = {"acc": 0.5 if verb == "test" else 0.25, "acc_mirrored": 0.75}
+            (self.run / "checkpoints" / f"{verb}.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("completed", "expected"),
+    [(None, ["fit --config recipe.yaml"]), (1, ["fit --ckpt last"]), (EPOCHS, [])],
+    ids=["new", "interrupted", "finished"],
+)
+def test_run_is_started_resumed_or_left(
+    completed: int | None,
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeTraining(tmp_path)
+    monkeypatch.setattr(accuracy, "train_py", fake)
+    if completed is not None:
+        fake.write_run(completed)
+    row = accuracy.measure(Path("recipe.yaml"), 3, ["--a=b"], tmp_path, "data")
+    best = fake.run / "checkpoints" / "best.ckpt"
+    assert fake.calls == [*expected, f"validate --ckpt {best}", f"test --ckpt {best}"]
+    assert (row["recipe"], row["seed"], row["options"]) == ("recipe", 3, "--a=b")
+    assert (row["val"], row["test"], row["test_mirrored"]) == (25.0, 50.0, 75.0)
+    assert 99 <= row["seconds"] <= 110
+
+
+def test_run_without_validation_images_is_only_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTraining(tmp_path, val_size=0)
+    monkeypatch.setattr(accuracy, "train_py", fake)
+    row = accuracy.measure(Path("recipe.yaml"), 0, [], tmp_path, "data")
+    assert [call.split()[0] for call in fake.calls] == ["fit", "test"]
+    assert row["val"] is None
+
+
+def test_duration_of_interrupted_run_is_unknown(tmp_path: Path) -> None:
+    fake = FakeTraining(tmp_path)
+    fake.write_run(EPOCHS)
+    starts = json.loads((fake.run / "run.json").read_text())
+    (fake.run / "run.json").write_text(json.dumps(starts * 2))
+    assert accuracy.describe("recipe", 0, [], fake.run)["seconds"] is None
+
+
+def test_measured_run_is_skipped(
+    row: accuracy.Row,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results, recipe = tmp_path / "results.jsonl", tmp_path / "fast.yaml"
+    results.write_text(json.dumps(row | {"options": "--a=b"}) + "\n")
+    recipe.touch()
+    measured: list[int] = []
+
+    def measure(recipe: Path, seed: int, *_: Any) -> accuracy.Row:
+        measured.append(seed)
+        return row | {"seed": seed, "options": "--a=b", "test": 93.0}
+
+    monkeypatch.setattr(accuracy, "measure", measure)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    arguments = [str(recipe), "--seeds", "0", "1", "--results", str(results), "--", "--a=b"]
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
+    accuracy.main()
+    assert measured == [1]
+    assert [row["seed"] for row in accuracy.read_rows(results)] == [0, 1]
+    out = capsys.readouterr().out
+    assert f"fast with seed 0 is in {results}: skipped" in out
+    assert "| fast --a=b | cifar10 | cpu, 32-true | 2 | 90.00 ± 0.00" in out
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143)],
+    ids=["exit code", "signal"],
+)
+def test_failed_command_ends_the_measurement(
+    script: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.setattr(accuracy, "PROJECT", tmp_path)
+    with pytest.raises(SystemExit) as end:
+        accuracy.train_py("fit")
+    assert end.value.code == code
 
 
 @pytest.mark.slow
-def test_accuracy_is_measured_once(tmp_path: Path) -> None:
+def test_signal_ends_the_running_command_too(tmp_path: Path) -> None:
+    pid_file, recipe = tmp_path / "pid", tmp_path / "recipe.yaml"
+    recipe.touch()
+    (tmp_path / "train.py").write_text(
+        f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    )
+    (tmp_path / "start.py").write_text(
+        "import accuracy, pathlib\n"
+        f"accuracy.PROJECT = pathlib.Path({str(tmp_path)!r})\naccuracy.main()"
+    )
+    command = [sys.executable, "start.py", str(recipe), "--runs", str(tmp_path)]
+    command += ["--results", str(tmp_path / "results.jsonl")]
+    paths = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    while not (pid_file.is_file() and pid_file.read_text()):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_turns_are_timed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    clock = iter([0.0, 2.0, 10.0, 14.0])  # begin and end of two turns
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    turns = sides.take_turns(3)
+    for _ in range(2 * 3):
+        next(turns)
+    with pytest.raises(SystemExit):
+        next(turns)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    figures = [json.loads(line.removeprefix(sides.FIGURES)) for line in lines]
+    assert figures[0] == {}
+    assert [turn["images_per_s"] for turn in figures[1:]] == [150.0, 75.0]
+
+
+def test_compared_actions_run_in_turn_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate(itertools.count(1))  # intervals of 2, 4, 6, ... seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    calls: list[str] = []
+    actions = {"a": (6, lambda: calls.append("a")), "b": (80, lambda: calls.append("b"))}
+    rates = speed.measure_rates(actions, rounds=2)
+    assert "".join(calls) == "ababab"
+    assert rates == {"a": [6 / 6, 6 / 10], "b": [80 / 8, 80 / 12]}
+
+
+def test_random_images_replace_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATASETS, "cifar10", None)  # undone at the end
+    images, labels = next(iter(sides.per_image_loader(str(tmp_path), num_workers=0)))
+    assert (images.shape, images.dtype) == ((100, 3, 32, 32), torch.float32)
+    assert 0 <= images.min() < images.max() <= 1
+    assert labels.shape == (100,)
+    dataset = DATASETS["cifar10"]
+    dataset.prepare(tmp_path, [])
+    ours = dataset.load(tmp_path, train=True)
+    assert (ours.images.shape, ours.images.dtype) == ((50_000, 3, 32, 32), torch.uint8)
+    assert len(ours.class_names) == dataset.num_classes == 10
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    assert sides.find_source(str(tmp_path)) is CIFAR10
+
+
+def test_unknown_side_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--sides", "C,E"])
+    with pytest.raises(SystemExit) as end:
+        speed.parse_arguments()
+    assert end.value.code == 2
+    assert "error: sides is 'C,E': there is no E" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_speed_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--quick", f"--output={output}"]
+    done = subprocess.run(
+        [*command, f"--data.root={tmp_path}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    for name in ("C/A", "C/B", "C/D"):
+        assert f"\n| {name} |" in done.stdout
+        assert len(results["ratio"][name]) == 2
+    for rows in results.values():
+        assert all(value > 0 for values in rows.values() for value in values)
+
+
+@pytest.mark.slow
+def test_digits_are_measured_once(tmp_path: Path) -> None:
     results = tmp_path / "rows.jsonl"
     recipe = str(BENCHMARKS.parent / "recipes" / "digits.yaml")
     command = [sys.executable, str(BENCHMARKS / "accuracy.py"), recipe, "--seeds", "3"]
     command += ["--runs", str(tmp_path), "--results", str(results), "--", "--trainer.max_epochs=1"]
     command.append("--model.width=4")
-    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    written = results.read_text()
-    rows = [json.loads(line) for line in written.splitlines()]
-    assert [row["seed"] for row in rows] == [3]
-    for name in ("val", "test", "test_mirrored"):
-        assert all(0 < row[name] <= 100 for row in rows)
-    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert results.read_text() == written
-    assert again.splitlines()[-1] == first.splitlines()[-1]
-    assert "Checkpoint:" not in again
-    results.unlink()  # the run's row is lost, and the run is not
     subprocess.run(command, capture_output=True, check=True)
-    found = [json.loads(line) for line in results.read_text().splitlines()]
-    assert found == rows
+    (row,) = accuracy.read_rows(results)
+    assert row["seed"] == 3
+    for name in ("val", "test", "test_mirrored"):
+        assert 0 < row[name] <= 100
+    results.unlink()  # the row is lost, but not the run
+    again = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert accuracy.read_rows(results) == [row]
+    assert "Epoch 1/1" not in again.stdout
+
+
+def run_batch_statistics(*arguments: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["batch_statistics.py", *arguments])
+        batch_statistics.main()
+
+
+def test_batch_statistics_are_those_of_each_hundred_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And leave the network's own as they are for what is measured afterwards."""
+    torch.manual_seed(0)
+    module = ResNetModule(layers=(1, 1, 1), width=4)
+    data = CIFARDataModule(dataset="digits")
+    data.setup("test")
+    images, labels = data.test_set.images / 255, data.test_set.labels
+    for _ in range(20):
+        module.train()(images[:50] / 4)  # its running statistics are those of darker images
+    write_checkpoint(tmp_path / "run.ckpt", module)
+    run_batch_statistics(str(tmp_path / "run.ckpt"))
+    lines = [line.rsplit(None, 2) for line in capsys.readouterr().out.splitlines()]
+    found = {name: float(percent) for name, percent, _ in lines}
+
+    def percent(*logits: Tensor) -> Any:
+        return pytest.approx(100 * accuracy_score(labels, torch.cat(logits).argmax(1)), abs=0.3)
+
+    for view in ("native", "zoom", "crop"):
+        shown = evaluation_view(images, view)
+        assert found[f"{view:6} eval mode"] == percent(module.eval()(shown))
+        trained = copy.deepcopy(module).train()
+        parts = [trained(shown[first : first + 100]) for first in range(0, len(shown), 100)]
+        assert found[f"{view:6} batch statistics"] == percent(*parts)
+
+
+@pytest.mark.parametrize("name", ["nowhere.ckpt", "last", "broken.ckpt"])
+def test_wrong_checkpoint_is_one_line(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit) as end:
+        run_batch_statistics(name)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert name in line
+
+
+def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "run.ckpt", ResNetModule(layers=(1, 1, 1), width=4))
+    content = torch.load(tmp_path / "run.ckpt")
+    content["datamodule_hyper_parameters"]["dataset"] = str(tmp_path / "nowhere")
+    torch.save(content, tmp_path / "run.ckpt")
+    with pytest.raises(SystemExit) as end:
+        run_batch_statistics(str(tmp_path / "run.ckpt"))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: dataset is ")

@@ -1,113 +1,214 @@
-"""Export: the file says what the project says, without it."""
+"""export.py: the files compute what the network computes, and need nothing of this project."""
 
+import contextlib
+import io
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import onnxruntime
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import Run
+from torch import Tensor
+from torchvision.transforms import functional
 
 import export
 from cifar_datamodule import CIFARDataModule
 from resnet_module import ResNetModule
 
+NAMES = ["ant", "bee", "döner"]
 
-def test_zoom_is_that_of_the_data() -> None:
-    for size in (32, 33, 48, 64):
-        images = torch.randint(0, 256, (50, 3, size, size), dtype=torch.uint8)
-        side = size * 5 // 4
-        expected = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        assert torch.equal(export.Zoom(size)(images.float()), expected.float())
+
+def save(path: Path, **data: Any) -> ResNetModule:
+    """Writes a checkpoint as `fit` does; the network's data set need not exist."""
+    torch.manual_seed(0)
+    scaling: dict[str, Any] = {"input_mean": (0.5, 0.4, 0.3), "input_std": (0.2, 0.3, 0.4)}
+    module = ResNetModule(**scaling, layers=(1, 1, 1), width=4, num_classes=len(NAMES))
+    torch.nn.init.normal_(module.network.fc.weight)  # else every image is as likely in each class
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "datamodule_hyper_parameters": dict(CIFARDataModule(dataset="gone", **data).hparams),
+        "class_names": NAMES,
+        "epoch": 0,
+        "global_step": 1,
+        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
+    }
+    torch.save(checkpoint, path)
+    return module.eval()
+
+
+def expected(module: ResNetModule, images: Tensor, evaluation: str) -> Tensor:
+    """The probabilities for uint8 images, by torchvision's functions and the network."""
+    views = functional.convert_image_dtype(images)
+    if evaluation != "native":
+        views = functional.resize(views, [images.shape[-1] * 5 // 4] * 2)
+    if evaluation == "crop":
+        views = functional.center_crop(views, list(images.shape[-2:]))
+    views = functional.normalize(views, module.mean.flatten(), module.std.flatten())
+    with torch.no_grad():
+        return module.network(views).softmax(dim=1)
+
+
+def noise(count: int, size: int = 32) -> Tensor:
+    rng = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=rng)
+
+
+class Exported(NamedTuple):
+    """A network, the file that it was exported to, and what the script has printed and warned."""
+
+    module: ResNetModule
+    file: Path
+    out: str
+    warnings: Sequence[warnings.WarningMessage]
+
+
+def run_export(folder: Path, file: str, *args: str, **data: Any) -> Exported:
+    module, out = save(folder / "best.ckpt", **data), io.StringIO()
+    command = [f"--ckpt={folder / 'best.ckpt'}", f"--output={folder / file}", *args]
+    with warnings.catch_warnings(record=True) as found, contextlib.redirect_stdout(out):
+        warnings.simplefilter("always")
+        export.main(command)
+    return Exported(module, folder / file, out.getvalue(), found)
+
+
+@pytest.fixture(scope="module")
+def onnx_export(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    pytest.importorskip("onnxruntime")
+    return run_export(tmp_path_factory.mktemp("onnx"), "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def pt2_export(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("pt2")
+    return run_export(folder, "model.pt2", "--pixels=float32", augmentation="pad", image_size=48)
 
 
 @pytest.mark.parametrize("evaluation", ["native", "zoom", "crop"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_classifier_sees_what_the_test_shows(
-    best: Path, evaluation: str, dtype: torch.dtype
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+def test_classifier_matches_torchvisions_preprocessing(
+    tmp_path: Path, evaluation: Any, size: int, pixels: str
 ) -> None:
-    module = ResNetModule.load_from_checkpoint(best).eval()
-    data = CIFARDataModule(dataset="digits", val_size=200, evaluation=evaluation)
-    data.setup("test")
-    native = data.native_test_set()[0]
-    expected = module(data.test_set.images / 255).softmax(dim=1)
-    images = native if dtype == torch.uint8 else native / 255
-    classifier = export.Classifier(module, data.image_size, data.evaluation)
-    assert torch.allclose(classifier(images), expected, atol=1e-6)
-
-
-def expected_probabilities(best: Path, count: int) -> torch.Tensor:
-    module = ResNetModule.load_from_checkpoint(best).eval()
-    data = CIFARDataModule(dataset="digits", val_size=200)
-    data.setup("test")
+    module, images = save(tmp_path / "best.ckpt"), noise(5, size)
+    classifier = export.Classifier(module, evaluation)
     with torch.no_grad():
-        return module(data.test_set.images[:count] / 255).softmax(dim=1)
+        found = classifier(images if pixels == "uint8" else images / 255)
+    torch.testing.assert_close(found, expected(module, images, evaluation), atol=1e-5, rtol=0)
 
 
-def digits(count: int) -> torch.Tensor:
-    return CIFARDataModule(dataset="digits", val_size=200).native_test_set()[0][:count]
+@pytest.mark.parametrize("count", [1, 7])
+def test_onnx_file_computes_the_networks_probabilities(onnx_export: Exported, count: int) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_export.file)
+    images = noise(count)
+    (found,) = session.run(["probabilities"], {"images": images.numpy()})
+    reference = expected(onnx_export.module, images, "zoom")
+    torch.testing.assert_close(torch.from_numpy(found), reference, atol=1e-5, rtol=0)
 
 
-def test_onnx_file_needs_no_more_than_its_runtime(run: Run, best: Path) -> None:
-    outcome = run("export", "--ckpt", str(best), "--output=model.onnx")
-    assert outcome.code == 0, outcome.err
-    assert "Exported: model.onnx" in outcome.out
-    assert "uint8 images (N, 3, 32, 32) to probabilities of 10 classes" in outcome.out
-    session = onnxruntime.InferenceSession("model.onnx")
-    for count in (1, 7):  # any number of images
-        found = session.run(None, {"images": digits(count).numpy()})[0]
-        assert torch.allclose(
-            torch.from_numpy(found), expected_probabilities(best, count), atol=1e-5
-        )
-    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-    assert names == [str(i) for i in range(10)]
-    assert [path.name for path in Path().glob("model*")] == ["model.onnx"]
+def test_onnx_file_describes_itself(onnx_export: Exported) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_export.file)
+    (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
+    assert (images.type, images.shape) == ("tensor(uint8)", ["batch", 3, 32, 32])
+    assert probabilities.shape == ["batch", len(NAMES)]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
+    text = "model.onnx: uint8 images (N, 3, 32, 32) to probabilities of 3 classes, at most"
+    assert text in onnx_export.out
+    assert [path.name for path in sorted(onnx_export.file.parent.iterdir())] == [
+        "best.ckpt",
+        "model.onnx",
+    ]
 
 
-def test_pt2_file_needs_no_more_than_torch(run: Run, best: Path) -> None:
-    outcome = run("export", "--ckpt", str(best), "--output=model.pt2", "--pixels=float32")
-    assert outcome.code == 0, outcome.err
+@pytest.mark.parametrize("count", [1, 7])
+def test_pt2_file_computes_the_networks_probabilities(pt2_export: Exported, count: int) -> None:
+    images = noise(count, 48)
+    found = torch.export.load(pt2_export.file).module()(images / 255)
+    reference = expected(pt2_export.module, images, "native")
+    torch.testing.assert_close(found, reference, atol=1e-5, rtol=0)
+
+
+def test_pt2_file_has_class_names_and_no_images(pt2_export: Exported) -> None:
     extra = {"class_names.json": ""}
-    classify = torch.export.load("model.pt2", extra_files=extra).module()
-    for count in (1, 7):
-        found = classify(digits(count) / 255)
-        assert torch.allclose(found, expected_probabilities(best, count), atol=1e-5)
-    assert json.loads(extra["class_names.json"]) == [str(i) for i in range(10)]
-    assert Path("model.pt2").stat().st_size < 2**20  # no images in it
+    torch.export.load(pt2_export.file, extra_files=extra)
+    assert json.loads(extra["class_names.json"]) == NAMES
+    assert pt2_export.file.stat().st_size < 2**20
 
 
-def test_a_file_that_says_something_else_is_not_written(
-    run: Run, best: Path, monkeypatch: pytest.MonkeyPatch
+def test_export_does_not_warn(onnx_export: Exported, pt2_export: Exported) -> None:
+    found = [*onnx_export.warnings, *pt2_export.warnings]
+    assert [str(warning.message) for warning in found] == []
+
+
+def test_a_file_that_differs_from_pytorch_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(program: Any, path: Path, names: list[str]) -> Any:
+    def write_wrong(program: torch.export.ExportedProgram, path: Path, names: list[str]) -> Any:
         path.write_text("wrong")
-        return lambda images: program.module()(images).roll(1, dims=1)
+        return lambda images: program.module()(images) + 0.01
 
-    monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(export.FORMATS, ".pt2", write_wrong)
+    save(Path("best.ckpt"))
     Path("model.pt2").write_text("old")
-    outcome = run("export", "--ckpt", str(best), "--output=model.pt2")
-    assert outcome.code == 1
-    assert "error: model.pt2 was not written: it would differ from PyTorch by" in outcome.err
+    with pytest.raises(SystemExit) as end:
+        export.main(["--ckpt=best.ckpt", "--output=model.pt2"])
+    assert end.value.code == 1
+    message = "error: model.pt2 was not written: it would differ from PyTorch by 1.0e-02\n"
+    assert capsys.readouterr().err == message
     assert Path("model.pt2").read_text() == "old"
-    assert [path.name for path in Path().glob("model*")] == ["model.pt2"]
+    assert sorted(path.name for path in Path().iterdir()) == ["best.ckpt", "model.pt2"]
+
+
+def test_images_to_compare_on_are_the_same_each_time_and_varied() -> None:
+    images = export.random_images(32, "float32")
+    assert torch.equal(images, export.random_images(32, "float32"))
+    assert images.min() >= 0
+    assert images.max() <= 1
+    contrast = images.std(dim=(2, 3)).mean(dim=1)
+    assert contrast.min() < 0.05
+    assert contrast.max() > 0.25
+    levels = export.random_images(32, "uint8")
+    assert levels.dtype == torch.uint8
+    torch.testing.assert_close(levels / 255, images, atol=0.5 / 255 + 1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("args", "message"),
     [
-        ("model.h5", "output is 'model.h5': its ending must be .onnx or .pt2"),
-        ("no/model.pt2", "output is 'no/model.pt2': there is no folder 'no'"),
-        ("model.onnx", 'but ONNX needs onnxscript: pip install -e ".[export]"'),
+        (["--output=model.h5"], "argument --output: 'model.h5' must end in .onnx or .pt2"),
+        (["--output=no/m.pt2"], "argument --output: 'no/m.pt2': there is no folder 'no'"),
+        (
+            ["--output=model.onnx"],
+            "argument --output: 'model.onnx' needs onnx, onnxscript, onnxruntime: pip install -e "
+            '".[export]", or give a .pt2 file',
+        ),
+        (["--output=m.pt2", "--pixels=int8"], "argument --pixels: invalid choice: 'int8'"),
+        (["--output=m.pt2", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
+        (["--output=m.pt2"], "no run in lightning_logs/ has a best.ckpt: train one with"),
+        ([], "the following arguments are required: --output"),
     ],
 )
-def test_outputs_are_checked_first(
-    run: Run, best: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
+def test_user_errors_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    message: str,
 ) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
-    outcome = run("export", "--ckpt", str(best), f"--output={output}")
-    assert outcome.code == 2
-    assert message in outcome.err
-    assert outcome.err.count("\n") == 1
-    assert not Path(output).exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        export.main(args)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert err.startswith(f"error: {message}")
+    assert (out, err.count("\n")) == ("", 1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Training against a plain PyTorch loop, and what a checkpoint remembers."""
 
+import copy
 import csv
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_datamodule import CIFARDataModule
+from cifar_resnet.augment import evaluation_view
+from cifar_resnet.callbacks import CycleLengthCheck
 from resnet_module import ResNet, ResNetModule
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
@@ -31,6 +33,7 @@ def fit(
         accelerator="cpu",
         max_epochs=epochs,
         logger=CSVLogger(folder, name=None, version=""),
+        callbacks=[CycleLengthCheck()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -46,10 +49,10 @@ def history(folder: Path, name: str) -> list[float]:
 
 
 def small_data(root: Path) -> CIFARDataModule:
-    return CIFARDataModule(str(root), val_size=50, batch_size=64, eval_batch_size=32)
+    return CIFARDataModule(str(root), val_size=50, batch_size=64, eval_batch_size=32, seed=1)
 
 
-def test_training_is_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
+def test_training_equals_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
     """Weights, learning rates, losses and accuracies, in training mode and in eval mode."""
     seed_everything(1)
     data = small_data(cifar10)
@@ -86,7 +89,8 @@ def test_training_is_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
         expected["train/acc"].append(hits / 200)
         network.eval()
         with torch.no_grad():
-            logits = network(((data.val_set.images / 255).double() - mean) / std)
+            shown = evaluation_view(data.val_set.images / 255, "zoom")
+            logits = network((shown.double() - mean) / std)
         expected["val/loss"].append(float(F.cross_entropy(logits, data.val_set.labels)))
         accuracy = (logits.argmax(1) == data.val_set.labels).float().mean()
         expected["val/acc"].append(float(accuracy))
@@ -100,7 +104,7 @@ def test_training_is_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
     assert history(tmp_path, "lr") == pytest.approx([1e-3, 1e-4, 1e-5])
 
 
-def test_labels_are_smoothed_in_training_alone() -> None:
+def test_labels_are_smoothed_in_training_only() -> None:
     """Against the formula: a tenth of the label is spread over all ten classes."""
     module = ResNetModule(label_smoothing=0.1, **SMALL)
     logits, labels = torch.randn(5, 10), torch.tensor([0, 3, 9, 3, 1])
@@ -110,9 +114,6 @@ def test_labels_are_smoothed_in_training_alone() -> None:
     plain = F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(module.eval().losses(logits, labels), plain)
     torch.testing.assert_close(ResNetModule(**SMALL).train().losses(logits, labels), plain)
-    for wrong in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=f"label_smoothing is {wrong}"):
-            ResNetModule(label_smoothing=wrong, **SMALL)
 
 
 def test_defaults_are_adam_and_a_third_every_20_epochs() -> None:
@@ -154,7 +155,6 @@ def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
     ("interval", "options"),
     [
         ("epoch", {}),
-        ("epoch", {"max_steps": 3}),
         ("step", {}),
         ("step", {"accumulate_grad_batches": 3}),
         ("step", {"limit_train_batches": 3}),
@@ -163,7 +163,7 @@ def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
         ("step", {"overfit_batches": 1}),
     ],
 )
-def test_a_cycle_takes_the_whole_run(
+def test_open_cycle_takes_the_whole_run(
     cifar10: Path, tmp_path: Path, interval: Any, options: dict[str, Any]
 ) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, cycle_momentum=False)
@@ -174,7 +174,7 @@ def test_a_cycle_takes_the_whole_run(
     assert scheduler.total_steps == (3 if interval == "epoch" else trainer.global_step)
 
 
-def test_a_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
+def test_open_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
     module = ResNetModule(False, lr_scheduler=cycle, lr_interval="step", **SMALL)
     images, labels = torch.zeros(30, 3, 32, 32), torch.zeros(30, dtype=torch.int64)
@@ -184,25 +184,18 @@ def test_a_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 8
 
 
-def test_a_cycle_is_not_trained_beyond(cifar10: Path, tmp_path: Path) -> None:
+def test_run_longer_than_its_cycle_is_refused(cifar10: Path, tmp_path: Path) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=7)
     module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
-    with pytest.raises(MisconfigurationException, match=r"takes 8 steps .* has 7 left"):
+    with pytest.raises(MisconfigurationException, match=r"takes 8 steps, .* has only 7"):
         fit(module, small_data(cifar10), tmp_path)
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_a_cycle_that_the_run_is_too_short_for_is_refused(cifar10: Path, tmp_path: Path) -> None:
-    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, pct_start=0.5)  # divides by zero
-    module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
-    with pytest.raises(MisconfigurationException, match="cannot take the run's 2 steps"):
-        fit(module, small_data(cifar10), tmp_path, max_steps=2)
-
-
-def test_a_cycle_without_an_end_is_refused(cifar10: Path, tmp_path: Path) -> None:
+def test_cycle_of_an_endless_run_is_refused(cifar10: Path, tmp_path: Path) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
     module = ResNetModule(lr_scheduler=cycle, **SMALL)
-    with pytest.raises(MisconfigurationException, match="nothing limits the run"):
+    with pytest.raises(MisconfigurationException, match="the run has no end"):
         fit(module, small_data(cifar10), tmp_path, epochs=-1)
 
 
@@ -224,7 +217,7 @@ def test_checkpoint_is_plain_and_complete(cifar10: Path, tmp_path: Path) -> None
     images = torch.rand(2, 3, 40, 40)
     scaled = (images - loaded.mean) / loaded.std
     torch.testing.assert_close(loaded(images), module.eval().network(scaled))
-    assert CIFARDataModule.load_from_checkpoint(tmp_path / "model.ckpt").batch_size == 64
+    assert CIFARDataModule.load_from_checkpoint(tmp_path / "model.ckpt").hparams["batch_size"] == 64
 
 
 def test_without_normalisation_the_network_sees_zero_to_one(cifar10: Path, tmp_path: Path) -> None:
@@ -242,13 +235,6 @@ def test_a_scaling_that_is_given_stays_in_training(cifar10: Path, tmp_path: Path
     assert module.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
-def test_normalisation_without_statistics_is_an_error() -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    batches: Any = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))]
-    with pytest.raises(MisconfigurationException, match="normalize=False"):
-        trainer.fit(ResNetModule(**SMALL), batches)
-
-
 def test_predictions_are_probabilities() -> None:
     module = ResNetModule(**SMALL)
     probabilities = module.predict_step((torch.rand(5, 3, 32, 32), torch.zeros(5)))
@@ -256,34 +242,29 @@ def test_predictions_are_probabilities() -> None:
     assert probabilities.shape == (5, 10)
 
 
-def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if "num_batches" not in key}
+@pytest.mark.slow  # starts a compiler
+def test_compiled_network_computes_the_same() -> None:
+    torch.manual_seed(0)
+    eager = ResNetModule(**SMALL).double()
+    compiled = copy.deepcopy(eager)
+    compiled.network.compile(mode="default")
+    images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 3])
+    for module in (eager, compiled):
+        module.losses(module(images), labels).mean().backward()
+    pairs = zip(eager.named_parameters(), compiled.named_parameters(), strict=True)
+    for (name, expected), (compiled_name, value) in pairs:
+        assert compiled_name == name  # checkpoints load with and without
+        torch.testing.assert_close(value.grad, expected.grad)
 
 
-def test_state_dict_of_the_note_loads(tmp_path: Path) -> None:
-    network = ResNet()
-    for kind, state in [
-        ("new", network.state_dict()),
-        ("pytorch_0.3", without_counters(network.state_dict())),
-    ]:
-        path = tmp_path / f"{kind}.pkl"
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "new")
-        module = ResNetModule()
-        module.load_network(torch.load(path, weights_only=True))
-        assert torch.equal(module.network.layer3[2].conv2.weight, network.layer3[2].conv2.weight)
-
-
-@pytest.mark.parametrize(
-    ("network", "message"),
-    [
-        (ResNet(num_classes=7), r"fc\.bias is \(7,\) and should be \(10,\)"),
-        (ResNet((3, 3, 2)), r"it lacks layer3\.2\.bn1\.bias"),
-        (ResNet((3, 3, 4)), r"it has an unknown layer3\.3\.bn1\.bias"),
-    ],
-)
-def test_state_dict_that_does_not_fit_is_refused(network: ResNet, message: str) -> None:
-    module = ResNetModule()
-    before = module.network.fc.weight.clone()
-    with pytest.raises(MisconfigurationException, match=message):
-        module.load_network(network.state_dict())
-    assert torch.equal(module.network.fc.weight, before)
+def test_only_fit_compiles(cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
+    module = ResNetModule(compile="reduce-overhead", **SMALL)
+    trainer = fit(module, small_data(cifar10), tmp_path, epochs=1)
+    assert modes == ["reduce-overhead"]
+    trainer.test(module, small_data(cifar10), verbose=False)
+    assert len(modes) == 1
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = ResNetModule.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert loaded.compile_mode is None

@@ -1,0 +1,408 @@
+"""What happens beside training, each concept one callback: checks, summaries, records, pictures.
+
+Callbacks get the module and the data from the Trainer; they import neither.
+"""
+
+import copy
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from cifar_resnet.checkpoint import atomic_write
+from cifar_resnet.figures import (
+    confusion_figure,
+    curves_figure,
+    image_grid,
+    mistakes_figure,
+    to_png,
+)
+from cifar_resnet.report import Predictions, to_json
+
+SHOWN = 40  # images of the augmented batch
+# TensorBoard's custom scalars: what belongs together, in one chart.
+CHARTS = {
+    "training and validation": {
+        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
+        "accuracy": ["Multiline", ["^train/acc$", "^val/acc$"]],
+    },
+    "validation accuracy": {"of each class": ["Multiline", ["^val_class/"]]},
+    "optimisation": {
+        "learning rate": ["Multiline", ["^lr$"]],
+        "images per second": ["Multiline", ["^images_per_second$"]],
+    },
+}
+
+
+class TerminateOnNaN(Callback):
+    """Ends a run whose weights are not finite, before a checkpoint holds them."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        finite = [parameter.isfinite().all() for parameter in pl_module.parameters()]
+        if not torch.stack(finite).all():
+            raise FloatingPointError(
+                f"the weights are not finite (nan or inf) after epoch {trainer.current_epoch + 1}, "
+                f"at a learning rate of {pl_module.lr:g}: the checkpoints are those of earlier "
+                "epochs. Try a lower rate (--model.optimizer.lr, or --model.lr_scheduler.max_lr "
+                "of a cycle) or --trainer.gradient_clip_val 1"
+            )
+
+
+class CycleLengthCheck(Callback):
+    """Refuses, before it trains, a run that is longer than the cycle of its OneCycleLR."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            cycle = getattr(config.scheduler, "total_steps", None)
+            by_step = config.interval == "step"
+            run = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
+            if cycle is not None and run is not None and run > cycle:
+                raise MisconfigurationException(
+                    f"the run takes {run} {config.interval}s, but its learning rate's cycle has "
+                    f"only {cycle}: begin a new run, or train for fewer epochs"
+                )
+            if cycle is not None and run is not None and 0 <= run < cycle:
+                left = cycle - run
+                pl_module.print(f"The run ends {left} {config.interval}s before its rate's cycle")
+
+
+class ResumeHint(Callback):
+    """Says how to resume a run that Ctrl-C or SIGTERM ends."""
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            return
+        if isinstance(exception, SIGTERMException):
+            exception.code = 143  # as shells have it; Lightning would end with 0
+        saved = [Path(c.best_model_path) for c in model_checkpoints(trainer) if c.best_model_path]
+        if last := [path for path in saved if path.stem == "last"]:
+            command = shlex.join(["python", sys.argv[0], "fit", "--ckpt", relative(last[0])])
+            print_once(f"Stopped in epoch {trainer.current_epoch + 1}. Resume with: {command}")
+        else:
+            print_once("Stopped before the first epoch was saved")
+
+
+class NetworkSummary(ModelSummary):
+    """Lightning's table, of the network's stem, stages and head alone."""
+
+    @staticmethod
+    def summarize(summary_data: list[tuple[str, list[str]]], *args: Any, **kwargs: Any) -> None:
+        names = dict(summary_data)["Name"]
+        rows = [row for row, name in enumerate(names) if name.startswith("network.")]
+        shown = [(column, [values[row] for row in rows]) for column, values in summary_data]
+        ModelSummary.summarize(shown, *args, **kwargs)
+
+
+class Throughput(Callback):
+    """Logs `images_per_second` of each epoch: in training, without validation, by all processes."""
+
+    seconds = start = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.images, self.seconds, self.start = 0, 0.0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
+    ) -> None:
+        self.images += len(batch[1])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.seconds += time.perf_counter() - self.start
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds = self.seconds + time.perf_counter() - self.start
+        pl_module.log("images_per_second", self.images * trainer.world_size / seconds)
+
+
+class EpochSummary(Callback):
+    """Prints a line for each epoch, and at the end which checkpoint is best."""
+
+    validated = False  # since the last line
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start, self.first_epoch = time.perf_counter(), trainer.current_epoch
+        if trainer.world_size > 1 or trainer.accumulate_grad_batches > 1:
+            images = effective_batch_size(trainer)
+            pl_module.print(f"Each optimizer step takes {images} images, of all processes together")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = not trainer.sanity_checking
+
+    # An epoch's metrics are complete when the next one starts.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch > self.first_epoch:
+            self.print_epoch(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch > self.first_epoch:
+            self.print_epoch(trainer, pl_module)
+        best = next((c for c in model_checkpoints(trainer) if c.best_model_path), None)
+        if best is not None:
+            path, score = relative(Path(best.best_model_path)), best.best_model_score
+            reached = "" if score is None else f" ({best.monitor} {score:.4f})"
+            pl_module.print(f"Best checkpoint: {path}{reached}")
+            pl_module.print(f"Test it: python train.py test --ckpt {path}")
+
+    def print_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what the epoch that has just ended came to."""
+        done, last = trainer.current_epoch, trainer.max_epochs or -1  # -1: without an end
+        metrics = trainer.callback_metrics
+        parts = [f"Epoch {done}/{last}" if last >= done else f"Epoch {done}"]
+        for stage in ("train", "val") if self.validated else ("train",):
+            names = [name for name in (f"{stage}/loss", f"{stage}/acc") if name in metrics]
+            parts += [f"{name} {float(metrics[name]):.4f}" for name in names]
+        parts.append(f"{float(metrics['images_per_second']):,.0f} images/s")
+        if last > done:
+            each = (time.perf_counter() - self.start) / (done - self.first_epoch)
+            parts.append(f"{datetime.timedelta(seconds=round(each * (last - done)))} left")
+        pl_module.print("  ".join(parts))
+        self.validated = False
+
+
+class RunMetadata(SaveConfigCallback):
+    """Records a run: its options in config.yaml, each start in run.json, both in TensorBoard.
+
+    At the end TensorBoard's HPARAMS get the options with the best score.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing is written before training begins: a run that is refused leaves no trace."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_dir = trainer.log_dir  # all processes have to ask for it
+        if not trainer.is_global_zero or not log_dir:
+            return
+        folder, file = Path(log_dir), Path(log_dir) / "run.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.parser.dump(self.config, skip_none=False)
+        atomic_write(folder / "config.yaml", config)
+        command = shlex.join(["python", *sys.argv])
+        starts = json.loads(file.read_text()) if file.is_file() else []
+        start = {"command": command, "seed": self.config.get("seed_everything")}
+        atomic_write(file, to_json([*starts, start | describe_run(trainer)]))
+        if isinstance(trainer.logger, TensorBoardLogger):
+            lines = [command, "", "with all its options, as in config.yaml:", ""]
+            text = "".join(f"    {line}\n" for line in [*lines, *config.splitlines()])
+            trainer.logger.experiment.add_text("run", text, trainer.current_epoch)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        scores = {
+            f"hp/best_{c.monitor}": c.best_model_score
+            for c in model_checkpoints(trainer)
+            if c.best_model_score is not None
+        }
+        last = {f"hp/{n}": v for n, v in trainer.callback_metrics.items() if n == "train/acc"}
+        if metrics := scores or last:
+            trainer.logger.log_hyperparams(self.options(trainer), metrics)
+            trainer.logger.save()
+
+    def options(self, trainer: Trainer) -> dict[str, Any]:
+        """What runs are compared by; an optimizer or a scheduler is its name."""
+        sections = (self.config["data"], self.config["model"])
+        options = {name: value for section in sections for name, value in vars(section).items()}
+        for name in ("root", "urls", "eval_batch_size"):
+            options.pop(name, None)
+        for name in ("optimizer", "lr_scheduler"):
+            chosen = options[name]
+            options[name] = chosen and str(chosen["class_path"]).rsplit(".", 1)[-1]
+        return options | {
+            "lr": trainer.optimizers[0].param_groups[0].get("max_lr")
+            or trainer.optimizers[0].defaults["lr"],
+            "epochs": trainer.max_epochs,
+            "precision": trainer.precision,
+            "effective_batch_size": effective_batch_size(trainer),
+            "seed": self.config.get("seed_everything"),
+        }
+
+
+class TensorBoardImages(Callback):
+    """Shows a run in TensorBoard: its data, its network, and what that gets right and wrong.
+
+    At the start an augmented batch and the network's graph; after each validation the accuracy of
+    each class (`val_class/NAME`); every few epochs, and at the end, the validation's confusion
+    matrix and its most confident mistakes; at the end curves.png, in the run's folder.
+
+    Args:
+        every_n_epochs: Epochs from one drawing to the next. 0 draws nothing.
+    """
+
+    def __init__(self, every_n_epochs: NonNegativeInt = 10) -> None:
+        self.every_n_epochs = every_n_epochs
+        self.predictions = Predictions()
+        self.batch_shown = False
+        self.drawn = True  # whether the latest validation is
+
+    def is_active(self, trainer: Trainer) -> bool:
+        return self.every_n_epochs > 0 and isinstance(trainer.logger, TensorBoardLogger)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run has its graph already, and TensorBoard takes one.
+        if self.is_active(trainer) and trainer.is_global_zero and trainer.current_epoch == 0:
+            trainer.logger.experiment.add_custom_scalars(CHARTS)  # type: ignore[union-attr]
+            self.add_graph(trainer, pl_module)
+
+    def add_graph(self, trainer: Trainer, pl_module: Any) -> None:
+        network = copy.deepcopy(pl_module.network).cpu().float().eval()
+        side = trainer.datamodule.hparams["image_size"]  # type: ignore[attr-defined]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit.trace", FutureWarning)
+            writer = trainer.logger.experiment  # type: ignore[union-attr]
+            writer.add_graph(network, torch.zeros(1, 3, side, side))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        if self.batch_shown or not self.is_active(trainer) or not trainer.is_global_zero:
+            return
+        self.batch_shown = True
+        images, labels = (part[:SHOWN].cpu() for part in batch)
+        captions = [pl_module.class_names[label] for label in labels]
+        title = f"Training images as the network sees them in epoch {trainer.current_epoch + 1}"
+        figure = image_grid((images * 255).round().to(torch.uint8), captions, title)
+        writer = trainer.logger.experiment  # type: ignore[union-attr]
+        writer.add_figure("augmented batch", figure, trainer.current_epoch)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.predictions.reset()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
+    ) -> None:
+        if self.is_active(trainer):
+            self.predictions.update(outputs, batch[1])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not self.is_active(trainer) or trainer.sanity_checking:
+            return
+        names = pl_module.class_names
+        self.probabilities, self.labels = self.predictions.compute()
+        counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
+        rows = zip(names, counts.diag(), counts.sum(dim=1), strict=True)
+        accuracies = {f"val_class/{name}": right / n for name, right, n in rows if n}
+        pl_module.log_dict(accuracies, sync_dist=True)
+        self.drawn, self.epoch = False, trainer.current_epoch + 1
+        if self.epoch % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.is_active(trainer) or not trainer.is_global_zero:
+            return
+        if not self.drawn:
+            self.draw(trainer, pl_module)
+        trainer.logger.save()  # type: ignore[union-attr]
+        folder = Path(str(trainer.log_dir))
+        atomic_write(folder / "curves.png", to_png(curves_figure(read_scalars(folder))))
+
+    @rank_zero_only
+    def draw(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draws the latest validation's pictures."""
+        self.drawn = True
+        names, writer = pl_module.class_names, trainer.logger.experiment  # type: ignore[union-attr]
+        right = (self.probabilities.argmax(dim=1) == self.labels).float().mean()
+        title = f"Validation after epoch {self.epoch}: accuracy {right:.2%}"
+        counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
+        writer.add_figure(
+            "val/confusion matrix", confusion_figure(counts, names, title), self.epoch
+        )
+        images = trainer.datamodule.val_set.images  # type: ignore[attr-defined]
+        title = f"{title}, most confident mistakes"
+        figure = mistakes_figure(images, self.probabilities, self.labels, names, title)
+        writer.add_figure("val/mistakes", figure, self.epoch)
+
+
+def read_scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """A run's scalars, as (epoch, value), from TensorBoard's files in its folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0}).Reload()
+    return {
+        name: [(point.step, point.value) for point in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def effective_batch_size(trainer: Trainer) -> int:
+    """Training images that an optimizer step takes, all processes together."""
+    batch_size: int = trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
+    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """What a figure has to be read with: data, device, precision, versions, commit."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    device = trainer.strategy.root_device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("torch", "torchvision", "lightning", "torchmetrics")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "data": {
+            "dataset": data.hparams["dataset"],
+            "checksum": data.checksum,
+            "evaluation": data.evaluation,
+        },
+        "device": gpu or f"{device.type}, {torch.backends.cpu.get_cpu_capability()}",
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+        "effective_batch_size": effective_batch_size(trainer),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+    }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """The project's commit, and whether files differ from it; None where git can't say."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """The callbacks that save checkpoints, those with a metric to monitor first."""
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return sorted(found, key=lambda callback: callback.monitor is None)
+
+
+def relative(path: Path) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@rank_zero_only
+def print_once(line: str) -> None:
+    """Prints a line, in the first of several processes."""
+    print(line, flush=True)

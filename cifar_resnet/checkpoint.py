@@ -1,0 +1,267 @@
+"""Checkpoints: written atomically, found by name, read safely, checked before a run resumes.
+
+A checkpoint is what `read_checkpoint` returns: the dictionary that Lightning saves, or one with the
+same entries that is made of another project's weights.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from cifar_resnet.convert import convert_state_dict
+
+# What a checkpoint of this project holds.
+ENTRIES = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "class_names": list,
+    "epoch": int,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "callbacks": dict,
+}
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Writes a file whole or not at all: beside its target, to the disk, then renamed.
+
+    Raises:
+        OSError: If it can't be written; the file from before is then still there.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's, but writes atomically and never runs code that a checkpoint holds."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(path), content.getvalue())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class EpochCheckpoint(ModelCheckpoint):
+    """Saves at the end of whole epochs only, from where a run resumes bit-identically.
+
+    Args:
+        filename: Name of the file, without its ending; `{epoch}` stands for the epoch.
+        monitor: Metric of which the best epochs are kept; without one the latest are.
+        mode: Whether the metric's `min` or `max` is best.
+        every_n_epochs: Epochs from one checkpoint to the next; 0 saves none.
+        save_top_k: Number of checkpoints to keep; -1 keeps all.
+    """
+
+    def __init__(
+        self,
+        filename: str,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        every_n_epochs: NonNegativeInt = 1,
+        save_top_k: int = 1,
+    ) -> None:
+        super().__init__(
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            every_n_epochs=every_n_epochs,
+            save_top_k=save_top_k,
+            save_on_train_epoch_end=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    @property
+    def state_key(self) -> str:
+        # Lightning's would be the same for two that differ in their file names alone.
+        return f"{type(self).__name__} {self.filename}"
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_last_batch:  # not where max_steps or max_time ends a run within an epoch
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def find_checkpoint(name: str, logs: Path) -> Path:
+    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if name not in ("best", "last"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"ckpt is {name!r}: there is no such file")
+        return Path(name)
+    found = list(logs.glob(f"*/checkpoints/{name}.ckpt"))
+    if not found:
+        raise FileNotFoundError(
+            f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
+            "--ckpt PATH"
+        )
+    return max(found, key=lambda path: (version_number(path), path.stat().st_mtime))
+
+
+def version_number(checkpoint: Path) -> int:
+    """N for a checkpoint of the run version_N, -1 for a run of another name."""
+    number = checkpoint.parents[1].name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of this project, or the weights of another one.
+
+    Raises:
+        ValueError: If it is neither, or holds more than plain data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes fail in any way
+        reason = type(error).__name__
+        raise ValueError(
+            f"{path} is not a checkpoint, or holds more than plain data ({reason})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    if "pytorch-lightning_version" not in content:
+        try:
+            return convert_state_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}") from error
+    if "class_names" not in content:
+        raise ValueError(f"{path} is a checkpoint of another project")
+    for name, kind in ENTRIES.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")
+    return content
+
+
+def is_resumable(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether this is a whole checkpoint of this project, not only weights."""
+    return "optimizer_states" in checkpoint
+
+
+def completed_epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Number of epochs that a run had completed when it saved this checkpoint."""
+    return int(checkpoint["epoch"]) + 1
+
+
+def known_options(options: Mapping[str, Any], *classes: type) -> dict[str, Any]:
+    """The options that these classes' signatures have; those of older versions are dropped."""
+    names = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Loads a checkpoint's weights into a module.
+
+    Raises:
+        ValueError: With the first one that does not fit, if one does not.
+    """
+    given, expected = checkpoint["state_dict"], module.state_dict()
+    # Files of PyTorch 0.3 lack the counters, and what was trained elsewhere has no input scaling.
+    optional = {n for n in expected if n in ("mean", "std") or n.endswith("num_batches_tracked")}
+    weights = {name: expected[name] for name in optional} | given
+    for name in [*expected, *weights]:
+        wanted, found = (
+            list(state[name].shape) if hasattr(state.get(name), "shape") else "no shape"
+            for state in (expected, weights)
+        )
+        if wanted != found or name not in expected:
+            raise ValueError(
+                f"the checkpoint does not fit the network: {name} has {found} in the file and "
+                f"{wanted} in the network; give the options that it was trained with (layers, "
+                "width, shortcut, dataset, ...)"
+            )
+    module.load_state_dict(weights)
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested options as {"optimizer.init_args.lr": "0.001"}.
+
+    The values are JSON, which makes no difference between tuples and lists.
+    """
+    flat: dict[str, str] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value)
+    return flat
+
+
+def changed_options(
+    options: Mapping[str, Any], stored: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """(before, now) of each option that differs from the one stored in a checkpoint."""
+    before, now = flatten(stored), flatten(options)
+    return {n: (before[n], v) for n, v in now.items() if n in before and before[n] != v}
+
+
+def check_model_options(model: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuses model options that differ from those a checkpoint was trained with.
+
+    Raises:
+        ValueError: With the first that differs.
+    """
+    for name, (before, now) in changed_options(model, checkpoint["hyper_parameters"]).items():
+        raise ValueError(
+            f"model.{name} is {now}, but the checkpoint was trained with {before}: leave it out, "
+            "or begin a new run"
+        )
+
+
+def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a run that could not resume as it would have gone on.
+
+    Args:
+        config: All options of `fit`.
+        checkpoint: The one that the run is to resume from.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if not is_resumable(checkpoint):
+        raise ValueError("ckpt holds weights only, from which fit cannot go on; test can use them")
+    progress = checkpoint["loops"].get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    if not progress.get("is_last_batch") or "interrupted_epoch" in checkpoint:
+        raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
+    trainer, done = config["trainer"], completed_epochs(checkpoint)
+    if trainer["max_steps"] != -1:
+        raise ValueError("trainer.max_steps cannot end a resumed run: give --trainer.max_epochs")
+    if trainer["max_epochs"] is not None and 0 <= trainer["max_epochs"] < done:
+        raise ValueError(
+            f"trainer.max_epochs is {trainer['max_epochs']}, but the checkpoint has {done} epochs "
+            "behind it"
+        )
+    check_model_options(config["model"], checkpoint)

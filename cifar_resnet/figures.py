@@ -1,0 +1,139 @@
+"""Figures: confusion matrix, image grid, the most confident mistakes, and training curves.
+
+All of them are plain `matplotlib.figure.Figure` objects, which need no display and which no global
+state of pyplot keeps alive.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 8  # of an image grid
+MAX_MISTAKES = 24
+MAX_CLASSES_WITH_NUMBERS = 20  # numbers in the cells of a larger confusion matrix are illegible
+
+
+def shorten(names: Sequence[str], length: int) -> list[str]:
+    """Cuts long names of classes, which would leave no room for the figure."""
+    return [name if len(name) <= length else f"{name[: length - 1]}…" for name in names]
+
+
+def confusion_figure(counts: Tensor, names: Sequence[str], title: str) -> "Figure":
+    """Draws a confusion matrix in percent of the images of each true class.
+
+    Args:
+        counts: (C, C) integers; row i, column j counts images of class i predicted as class j.
+        names: Of the C classes.
+        title: Stands above the matrix.
+    """
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    side = min(3 + 0.5 * len(names), 14)
+    figure = Figure(figsize=(side, side), dpi=100, layout="compressed")
+    axes = figure.add_subplot()
+    ConfusionMatrixDisplay(percent.numpy(), display_labels=shorten(names, 20)).plot(
+        ax=axes,
+        cmap="Blues",
+        include_values=len(names) <= MAX_CLASSES_WITH_NUMBERS,
+        values_format=".0f",
+        xticks_rotation="vertical",
+        colorbar=len(names) > MAX_CLASSES_WITH_NUMBERS,
+    )
+    for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+        label.set(fontsize=min(10, 600 / len(names)), parse_math=False)  # a "$" is no formula
+    figure.suptitle(f"{title}\n% of the images of each true class", fontsize=11)
+    return figure
+
+
+def image_grid(images: Tensor, captions: Sequence[str], title: str) -> "Figure":
+    """Draws images in rows of eight, each with a caption under it.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        captions: Of each image, one or two lines.
+        title: Stands above the grid.
+    """
+    from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
+
+    height, width = images.shape[2:]
+    gap, caption_height = width // 8, math.ceil(height * 0.4)
+    rows = max(1, math.ceil(len(images) / COLUMNS))
+    missing = rows * COLUMNS - len(images)  # white tiles, so that every grid has the same scale
+    tiles = F.pad(images, (0, 0, 0, caption_height, 0, 0, 0, missing), value=255)
+    grid = make_grid(tiles, COLUMNS, padding=gap, pad_value=255)
+    figure = Figure(figsize=(1.15 * COLUMNS, 1.6 * rows + 0.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    for index, caption in enumerate(captions):
+        row, column = divmod(index, COLUMNS)
+        x = gap + column * (width + gap) + width / 2
+        y = gap + row * (height + caption_height + gap) + height * 1.03
+        axes.text(x, y, caption, ha="center", va="top", fontsize=7, parse_math=False)
+    return figure
+
+
+def mistakes_figure(
+    images: Tensor, probabilities: Tensor, labels: Tensor, names: Sequence[str], title: str
+) -> "Figure":
+    """Draws the wrong predictions of which the network was most confident, at most 24.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        probabilities: (N, C).
+        labels: (N,) integers.
+        names: Of the C classes.
+        title: Stands above the images.
+    """
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)[:MAX_MISTAKES]]
+    shares, short = confidence[wrong].tolist(), shorten(names, 13)
+    captions = [
+        f"{short[true]}\n→ {short[top]} {share:.0%}"
+        for true, top, share in zip(labels[wrong], predicted[wrong], shares, strict=True)
+    ]
+    return image_grid(images[wrong], captions, title if captions else f"{title}: none")
+
+
+def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> "Figure":
+    """Draws loss and accuracy of training and validation against epochs.
+
+    Args:
+        curves: (epoch, value) points of `train/loss`, `val/loss`, `train/acc` and `val/acc`; a
+            curve that is missing is left out.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
+    metrics = {"loss": "cross-entropy", "acc": "accuracy"}
+    for axes, (metric, label) in zip(figure.subplots(1, 2), metrics.items(), strict=True):
+        for stage, long_name in (("train", "training"), ("val", "validation")):
+            if points := curves.get(f"{stage}/{metric}"):
+                axes.plot(*zip(*points, strict=True), label=long_name, marker=".", markersize=4)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+    return figure
+
+
+def to_png(figure: "Figure") -> bytes:
+    """Renders a figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

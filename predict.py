@@ -1,0 +1,105 @@
+"""Class probabilities for image files, by a trained network.
+
+    python predict.py cat.jpg holiday/                             # best of the newest run
+    python predict.py cat.jpg --ckpt resnet20.th --output out.csv  # or out.json
+
+The shorter side of an image is resized to what the network takes, and the centre is cropped.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet.augment import evaluation_view
+from cifar_resnet.checkpoint import atomic_write, find_checkpoint, read_checkpoint
+from cifar_resnet.datasets import image_files, read_square
+from cifar_resnet.report import to_csv, to_json
+from resnet_module import ResNetModule
+
+FORMATS = {".csv": to_csv, ".json": to_json}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with one line for an error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Prints and writes the predictions; returns 1 if a file could not be read, else 0."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
+    parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
+    parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")
+    options = parser.parse_args(args)
+    try:
+        files = image_files(options.images)
+        checkpoint = read_checkpoint(find_checkpoint(options.ckpt, Path("lightning_logs")))
+        module = ResNetModule.from_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    data = CIFARDataModule.from_checkpoint(checkpoint)
+    rows = []
+    for file, image in read_images(files, data.hparams["image_size"]):
+        with torch.inference_mode():
+            logits = module(evaluation_view(image[None] / 255, data.evaluation))
+        rows.append({"file": str(file), **top_classes(logits.softmax(1)[0], module.class_names)})
+    if rows:
+        print_table(rows)
+    if rows and options.output:
+        try:
+            atomic_write(options.output, FORMATS[options.output.suffix](rows))
+        except OSError as error:
+            parser.exit(1, f"error: {error}\n")
+    return 0 if len(rows) == len(files) else 1
+
+
+def table_path(text: str) -> Path:
+    """The path of a table that can be written."""
+    path = Path(text)
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .csv or .json")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
+    return path
+
+
+def read_images(files: Iterable[Path], size: int) -> Iterator[tuple[Path, Tensor]]:
+    """Yields files and their images (3, size, size) uint8; reports what is not an image."""
+    for file in files:
+        try:
+            image = read_square(file, size)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            yield file, image
+
+
+def top_classes(probabilities: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """The three most probable classes (fewer if there are no more), of probabilities (C,)."""
+    top = probabilities.topk(min(3, len(names)))
+    columns: dict[str, Any] = {}
+    for suffix, index, share in zip(("", "_2", "_3"), top.indices, top.values, strict=False):
+        columns[f"class{suffix}"] = names[index]
+        columns[f"probability{suffix}"] = round(float(share), 4)
+    return columns
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows with the same keys in aligned columns."""
+    cells = [[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    columns = list(zip(rows[0], *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

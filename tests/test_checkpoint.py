@@ -1,0 +1,225 @@
+"""Checkpoints: written whole, found, read safely, refused in one line where they do not fit."""
+
+import errno
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_DIGITS, DigitsRun, Run
+from lightning.pytorch import Trainer
+
+from cifar_resnet.checkpoint import (
+    AtomicCheckpointIO,
+    EpochCheckpoint,
+    atomic_write,
+    check_resume,
+    completed_epochs,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
+from resnet_module import ResNetModule
+
+OLDER = Path(__file__).with_name("older.ckpt")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    atomic_write(path, b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"a\.ckpt could not be written: No space left on device"):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoint_appears_only_when_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new folder" / "a.ckpt"
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(os.listdir(path.parent)))
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
+    assert seen == [["a.ckpt.part"]]
+    assert os.listdir(path.parent) == ["a.ckpt"]
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["a"], torch.ones(3))
+
+
+class Malice:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("it ran"),)
+
+
+@pytest.mark.parametrize("setting", [None, "1"])
+def test_code_in_a_checkpoint_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if setting:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", setting)
+    torch.save({"state_dict": Malice()}, "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt is not a checkpoint, or holds more than"):
+        read_checkpoint(Path("bad.ckpt"))
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint("bad.ckpt", weights_only=False)
+    assert not Path("it ran").exists()
+    torch.load("bad.ckpt", weights_only=False)
+    assert Path("it ran").exists()  # had it been read
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a checkpoint"),
+        (b"some text", "is not a checkpoint"),
+        ("truncated", "is not a checkpoint"),
+        (torch.zeros(3), "holds a Tensor"),
+        ([1, 2], "holds a list"),
+        ({"pytorch-lightning_version": "2.6", "state_dict": {}}, "is a checkpoint of another"),
+        ({"state_dict": [1]}, "is damaged: its state_dict is not a dict"),
+        ({"epoch": "one"}, "is damaged: its epoch is not a int"),
+        ({"class_names": None}, "is damaged: its class_names is not a list"),
+        ({"optimizer_states": 3}, "is damaged: its optimizer_states is not a list"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "bad.ckpt"
+    whole = torch.load(OLDER, weights_only=True)
+    if content == "truncated":
+        path.write_bytes(OLDER.read_bytes()[:5000])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict) and "pytorch-lightning_version" not in content:
+        torch.save(whole | content, path)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"bad\.ckpt {message}"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "recorded"),
+    [
+        (
+            "older.ckpt",
+            [0.0978, 1.4081, 0.0752, -0.4143, -0.3739, -0.6114, -0.5531, 0.1838, 1.1483, -0.4475],
+        ),
+        (
+            "version_0.1.ckpt",
+            [5.2051, -5.4213, -0.5966, -0.269, -1.1578, 0.0366, -0.9758, -2.2096, 0.6517, 1.4348],
+        ),
+    ],
+)
+def test_older_checkpoints_give_the_same_logits(run: Run, file: str, recorded: list[float]) -> None:
+    """Recorded with the code that wrote them, on the same input tensor."""
+    path = Path(shutil.copy(OLDER.with_name(file), file))
+    module = ResNetModule.from_checkpoint(read_checkpoint(path))
+    ramp = torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32).flip(1, 2, 3)
+    with torch.inference_mode():
+        logits = module(ramp)[0]
+    torch.testing.assert_close(logits, torch.tensor(recorded), rtol=0, atol=1e-3)
+    assert module.class_names == list("0123456789")
+    tested = run("test", "--ckpt", file)  # options that are gone are dropped
+    assert tested.code == 0, tested.err
+    assert "360 images" in tested.out
+
+
+def test_first_weight_that_does_not_fit_is_named() -> None:
+    checkpoint = read_checkpoint(OLDER)
+    state = checkpoint["state_dict"]
+    options: dict[str, Any] = {"layers": (1, 1, 1), "width": 2, "shortcut": "pad"}
+    load_weights(ResNetModule(**options), checkpoint)
+    for module, given, name in [
+        (ResNetModule(**options, num_classes=7), state, "network.fc.weight"),
+        (ResNetModule(**options | {"layers": (1, 1, 2)}), state, "network.layer3.1.conv1.weight"),
+        (ResNetModule(**options), state | {"extra": torch.zeros(1)}, "extra"),
+        (ResNetModule(**options), {k: v for k, v in state.items() if "fc.b" not in k},
+         "network.fc.bias"),
+        (ResNetModule(**options), {k: v for k, v in state.items() if "running_mean" not in k},
+         "network.bn.running_mean"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=rf"does not fit the network: {name} has"):
+            load_weights(module, {"state_dict": given})
+    # Files of PyTorch 0.3, such as the note's, have no counters.
+    without = {k: v for k, v in state.items() if "num_batches" not in k}
+    load_weights(ResNetModule(**options), {"state_dict": without})
+
+
+def make_runs(logs: Path, *names: str) -> None:
+    for name in names:
+        (logs / name).parent.mkdir(parents=True, exist_ok=True)
+        (logs / name).touch()
+
+
+def test_newest_run_with_the_checkpoint_is_found(tmp_path: Path) -> None:
+    make_runs(tmp_path, "version_9/checkpoints/last.ckpt", "version_10/checkpoints/last.ckpt")
+    make_runs(tmp_path, "version_2/checkpoints/best.ckpt", "mine/checkpoints/best.ckpt")
+    assert find_checkpoint("last", tmp_path).parts[-3] == "version_10"
+    assert find_checkpoint("best", tmp_path).parts[-3] == "version_2"
+    path = str(tmp_path / "mine/checkpoints/best.ckpt")
+    assert find_checkpoint(path, tmp_path) == Path(path)
+    with pytest.raises(FileNotFoundError, match="ckpt is 'nowhere': there is no such file"):
+        find_checkpoint("nowhere", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no run in .* has a best\.ckpt"):
+        find_checkpoint("best", tmp_path / "empty")
+
+
+def fit_config(**trainer: Any) -> dict[str, Any]:
+    return {"trainer": {"max_steps": -1, "max_epochs": 80, **trainer}, "model": {}}
+
+
+def test_runs_that_could_not_resume_are_refused(digits_run: DigitsRun) -> None:
+    checkpoint = read_checkpoint(digits_run.best.with_name("last.ckpt"))
+    assert completed_epochs(checkpoint) == 3
+    check_resume(fit_config(), checkpoint)
+    check_resume(fit_config(max_epochs=3), checkpoint)
+    check_resume(fit_config(max_epochs=-1), checkpoint)
+    within = {"fit_loop": {"epoch_loop.batch_progress": {"is_last_batch": False}}}
+    model = fit_config() | {"model": {"optimizer": {"init_args": {"lr": 0.1}}}}
+    for config, content, message in [
+        (fit_config(), {"state_dict": {}}, "holds weights only"),
+        (fit_config(), checkpoint | {"loops": within}, "saved within an epoch"),
+        (fit_config(max_steps=100), checkpoint, "max_steps cannot end a resumed run"),
+        (fit_config(max_epochs=2), checkpoint, "max_epochs is 2, but the checkpoint has 3"),
+        (model, checkpoint, "model.optimizer.init_args.lr is 0.1, .* trained with 0.001"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_resume(config, content)
+
+
+def test_whole_epochs_only_are_saved(run: Run) -> None:
+    """A run that max_steps ends within its second epoch keeps the checkpoints of the first."""
+    outcome = run("fit", *SMALL_DIGITS, "--data.batch_size=50", "--trainer.max_steps=39")
+    assert outcome.code == 0, outcome.err
+    folder = Path("lightning_logs/version_0/checkpoints")
+    for name in ("best", "last"):
+        checkpoint = read_checkpoint(folder / f"{name}.ckpt")
+        assert checkpoint["global_step"] == 25
+    resumed = run("fit", "--ckpt=last", "--trainer.max_steps=-1", "--trainer.max_epochs=3")
+    assert resumed.code == 0, resumed.err
+    run("fit", *SMALL_DIGITS, "--data.batch_size=50", "--trainer.max_epochs=3")
+    undisturbed = read_checkpoint(Path("lightning_logs/version_1/checkpoints/last.ckpt"))
+    for name, value in read_checkpoint(folder / "last.ckpt")["state_dict"].items():
+        assert torch.equal(value, undisturbed["state_dict"][name])
+
+
+def test_two_checkpoints_may_save_as_often() -> None:
+    """Their states must not be taken for each other's."""
+    callbacks: Any = [EpochCheckpoint("last"), EpochCheckpoint("epoch_{epoch}", save_top_k=-1)]
+    Trainer(callbacks=callbacks, accelerator="cpu", logger=False)
+
+
+def test_copy_of_a_checkpoint_is_self_contained(digits_run: DigitsRun, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(digits_run.best, tmp_path / "copy.ckpt"))
+    module = ResNetModule.from_checkpoint(read_checkpoint(copy))
+    assert module.class_names == list("0123456789")
+    assert not torch.equal(module.std, torch.ones(3, 1, 1))
+    assert not module.training

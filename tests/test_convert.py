@@ -1,0 +1,261 @@
+"""Other projects' networks, transcribed, compute the same after conversion; the rest is refused."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_resnet.convert import convert_state_dict
+from resnet_module import ResNet, ResNetModule
+
+LAYERS = (2, 3, 1)
+
+
+class AkamasterBlock(nn.Module):
+    def __init__(self, old: int, new: int, stride: int, option: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(old, new, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(new)
+        self.conv2 = nn.Conv2d(new, new, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(new)
+        self.side = (new - old) // 2
+        self.shortcut = nn.Sequential()
+        if option == "B" and old != new:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(old, new, 1, stride, bias=False), nn.BatchNorm2d(new)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        if self.side and not self.shortcut:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.side, self.side))
+        return (out + self.shortcut(x)).relu()
+
+
+class AkamasterNet(nn.Module):
+    """Option A puts zeros on both sides of the old channels."""
+
+    def __init__(self, option: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages = []
+        for old, new, blocks in zip((16, 16, 32), (16, 32, 64), LAYERS, strict=True):
+            rest = [AkamasterBlock(new, new, 1, option) for _ in range(blocks - 1)]
+            stages.append(nn.Sequential(AkamasterBlock(old, new, new // old, option), *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.linear(F.avg_pool2d(x, x.shape[3]).flatten(1))
+
+
+class ChenyaofoBlock(nn.Module):
+    def __init__(self, old: int, new: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(old, new, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(new)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(new, new, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(new)
+        self.downsample = None
+        if old != new:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(old, new, 1, stride, bias=False), nn.BatchNorm2d(new)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + identity)
+
+
+class ChenyaofoNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(ChenyaofoBlock(16, 16, 1) for _ in range(LAYERS[0])))
+        rest = (ChenyaofoBlock(32, 32, 1) for _ in range(LAYERS[1] - 1))
+        self.layer2 = nn.Sequential(ChenyaofoBlock(16, 32, 2), *rest)
+        self.layer3 = nn.Sequential(ChenyaofoBlock(32, 64, 2))
+        self.fc = nn.Linear(64, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """In eval mode, with statistics that show any exchange of channels."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean = torch.randn(module.num_features)
+            module.running_var = torch.rand(module.num_features) + 0.5
+    return network.eval()
+
+
+def own_network(checkpoint: Mapping[str, Any]) -> ResNet:
+    """The network that a converted checkpoint describes, in eval mode."""
+    names = ("layers", "num_classes", "shortcut", "preactivation", "width")
+    network = ResNet(**{name: checkpoint["hyper_parameters"][name] for name in names})
+    weights = checkpoint["state_dict"].items()
+    network.load_state_dict({key.removeprefix("network."): value for key, value in weights})
+    assert all(key.startswith("network.") for key in checkpoint["state_dict"])
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "num_classes", "shortcut"),
+    [
+        (lambda: AkamasterNet("A"), 10, "pad"),
+        (lambda: AkamasterNet("B"), 10, "conv1x1"),
+        (lambda: ChenyaofoNet(), 100, "conv1x1"),
+    ],
+    ids=["akamaster A", "akamaster B", "chenyaofo"],
+)
+def test_converted_networks_compute_the_same(
+    build: Callable[[], nn.Module], num_classes: int, shortcut: str
+) -> None:
+    network = randomised(build())
+    checkpoint = convert_state_dict(network.state_dict())
+    assert checkpoint["hyper_parameters"] == {
+        "layers": list(LAYERS),
+        "num_classes": num_classes,
+        "shortcut": shortcut,
+        "preactivation": False,
+        "width": 16,
+        "normalize": False,
+    }
+    assert checkpoint["datamodule_hyper_parameters"] == {"augmentation": "pad"}
+    assert checkpoint["class_names"] == []
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = network(images), own_network(checkpoint)(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def small_network(**options: Any) -> ResNet:
+    return ResNet(**{"layers": (1, 2, 1), "num_classes": 3, "width": 4, **options})
+
+
+@pytest.mark.parametrize("shortcut", ["conv3x3", "conv1x1", "pad"])
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_own_networks_are_unchanged(shortcut: str, preactivation: bool) -> None:
+    network = small_network(shortcut=shortcut, preactivation=preactivation)
+    checkpoint = convert_state_dict(network.state_dict())
+    assert checkpoint["hyper_parameters"] == {
+        "layers": [1, 2, 1],
+        "num_classes": 3,
+        "shortcut": shortcut,
+        "preactivation": preactivation,
+        "width": 4,
+        "normalize": False,
+    }
+    # The data module's own defaults: such networks were trained on enlarged images.
+    assert checkpoint["datamodule_hyper_parameters"] == {}
+    found = own_network(checkpoint).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 200, "best_prec1": 91.7},
+        lambda weights: {"net": weights, "acc": 95.2, "epoch": 199},
+        lambda weights: {"model": weights, "optimizer": {"state": {}, "param_groups": []}},
+        lambda weights: {"model_state_dict": weights, "loss": torch.tensor(0.1)},
+        lambda weights: {"ema": dict.fromkeys(weights, torch.zeros(1)), "state_dict": weights},
+        lambda weights: {"weights": weights, "args": {"depth": 20}},
+    ],
+    ids=["bare", "state_dict", "net", "model", "model_state_dict", "beside another", "other key"],
+)
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "model.", "net.", "network.", "module._orig_mod.", "net.module."],
+)
+def test_wrappers_and_prefixes_are_removed(
+    wrap: Callable[[dict[str, Tensor]], dict[str, Any]], prefix: str
+) -> None:
+    weights = small_network().state_dict()
+    content = wrap({f"{prefix}{key}": value for key, value in weights.items()})
+    found = convert_state_dict(content)["state_dict"]
+    assert list(found) == [f"network.{key}" for key in weights]
+    assert all(torch.equal(found[f"network.{key}"], value) for key, value in weights.items())
+
+
+def test_the_modules_own_state_dict_keeps_its_scaling() -> None:
+    scaling: dict[str, Any] = {"input_mean": (0.5, 0.25, 0.125), "input_std": (0.25, 0.5, 1.0)}
+    module = ResNetModule(**scaling, layers=(1, 1, 1), width=4, num_classes=3)
+    checkpoint = convert_state_dict(module.state_dict())
+    options = checkpoint["hyper_parameters"]
+    assert {name: tuple(options[name]) for name in scaling} == scaling
+    assert all(isinstance(value, float) for name in scaling for value in options[name])
+    again = ResNetModule(**options)
+    again.load_state_dict(checkpoint["state_dict"])
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in module.state_dict().items())
+
+
+def test_batch_counters_of_old_files_stay_missing() -> None:
+    weights = small_network().state_dict()
+    old = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    assert len(old) < len(weights)
+    found = convert_state_dict(old)["state_dict"]
+    assert list(found) == [f"network.{key}" for key in old]
+
+
+def changed(*without: str, **more: Tensor) -> dict[str, Tensor]:
+    weights = AkamasterNet("A").state_dict()
+    kept = {key: value for key, value in weights.items() if not key.startswith(without)}
+    return {**kept, **{key.replace("__", "."): value for key, value in more.items()}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)},
+            "it has no conv.weight or conv1.weight; its first key is features.0.weight",
+        ),
+        (changed("linear"), "it has no fc.weight or linear.weight; its first key is conv1.weight"),
+        (
+            {f"module.{k}": v for k, v in changed(layer4__0__conv1__weight=torch.zeros(1)).items()},
+            "it has an unknown module.layer4.0.conv1.weight",
+        ),
+        (changed(layer1__0__conv3__weight=torch.zeros(1)), "an unknown layer1.0.conv3.weight"),
+        (changed(conv1__bias=torch.zeros(16)), "it has an unknown conv1.bias"),
+        (changed(bn1__weight=torch.zeros(64)), "its preactivation blocks may differ"),
+        ({"epoch": 3, "acc": 0.9}, "it has 0 state dicts; its keys are epoch, acc"),
+        (
+            {"teacher": changed(), "student": changed(), "epoch": 1},
+            "it has 2 state dicts; its keys are teacher, student, epoch",
+        ),
+        ({3: None}, "it has 0 state dicts; its keys are 3"),
+        ({}, "it has 0 state dicts; its keys are none"),
+    ],
+)
+def test_other_networks_are_refused(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^not a network of this project: ") as error:
+        convert_state_dict(content)
+    assert str(error.value).endswith(message)
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.bias", "linear.weight", "layer2.0.bn2.bias"])
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2, 3, 4, 5)])
+def test_wrong_shapes_are_named_by_the_loader(name: str, shape: tuple[int, ...]) -> None:
+    checkpoint = convert_state_dict(changed() | {name: torch.zeros(shape)})
+    own_names = {"conv1.weight": "conv.weight", "bn1.bias": "bn.bias", "linear.weight": "fc.weight"}
+    with pytest.raises(ValueError, match=f"network: network.{own_names.get(name, name)} "):
+        ResNetModule.from_checkpoint(checkpoint)
+
+
+def test_a_missing_stage_is_named_by_the_loader() -> None:
+    with pytest.raises(ValueError, match=r"network: network\.layer3\.0\.conv1\.weight "):
+        ResNetModule.from_checkpoint(convert_state_dict(changed("layer3")))

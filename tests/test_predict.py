@@ -1,0 +1,182 @@
+"""predict.py: its table against the network, the files it writes, and what it refuses."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional
+
+import predict
+from cifar_datamodule import CIFARDataModule
+from resnet_module import ResNetModule
+
+NAMES = ["ant", "bee, wasp", "[cow]", "döner"]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResNetModule:
+    """A network in best.ckpt and images in pets/, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    module = ResNetModule(layers=(1, 1, 1), width=4, num_classes=len(NAMES))
+    torch.nn.init.normal_(module.network.fc.weight)  # else every image is as likely in each class
+    save(module, "best.ckpt")
+    Path("pets/old").mkdir(parents=True)
+    for name, size in (("a.png", (32, 32)), ("b.png", (64, 48)), ("old/c.png", (33, 200))):
+        array = np.random.default_rng(size).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(array).save(Path("pets", name))
+    return module.eval()
+
+
+def save(module: ResNetModule, path: str, dataset: str = "gone") -> None:
+    """Writes a checkpoint as `fit` does; the network's data set need not exist."""
+    data = CIFARDataModule(dataset=dataset)
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "datamodule_hyper_parameters": dict(data.hparams),
+        "class_names": NAMES,
+        "epoch": 0,
+        "global_step": 1,
+        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path)
+
+
+def expected(module: ResNetModule, file: str) -> list[tuple[str, float]]:
+    """Class and probability, best first, of an image as torchvision resizes it."""
+    square = functional.center_crop(functional.resize(Image.open(file), 32), [32, 32])
+    enlarged = functional.resize(functional.to_tensor(square), [40, 40])  # zoom is the default
+    with torch.no_grad():
+        shares = module(enlarged[None]).softmax(dim=1)[0]
+    return sorted(zip(NAMES, shares.tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+def test_table_has_the_networks_three_best_classes(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main(["pets", "pets/a.png", "--ckpt=best.ckpt", "--output=out.csv"]) == 0
+    with Path("out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["pets/a.png", "pets/b.png", "pets/old/c.png"]
+    for row in rows:
+        best = expected(module, row["file"])[:3]
+        assert [row["class"], row["class_2"], row["class_3"]] == [name for name, _ in best]
+        shares = [float(row[f"probability{suffix}"]) for suffix in ("", "_2", "_3")]
+        assert shares == pytest.approx([share for _, share in best], abs=1e-4)
+
+    out, err = capsys.readouterr()
+    cells = [list(re.finditer(r"\S+( \S+)*", line)) for line in out.splitlines()]
+    texts = [[f"{float(v):.4f}" if "prob" in k else v for k, v in row.items()] for row in rows]
+    assert [[cell.group() for cell in line] for line in cells] == [list(rows[0]), *texts]
+    assert len({tuple(cell.start() for cell in line) for line in cells}) == 1  # aligned
+    assert err == ""
+
+
+def test_json_has_the_same_rows(module: ResNetModule) -> None:
+    assert predict.main(["pets/b.png", "--ckpt=best.ckpt", "--output=out.json"]) == 0
+    row = json.loads(Path("out.json").read_text(encoding="utf-8"))[0]
+    (first, share), (second, _), *_ = expected(module, "pets/b.png")
+    assert [row["file"], row["class"], row["class_2"]] == ["pets/b.png", first, second]
+    assert row["probability"] == pytest.approx(share, abs=1e-4)
+
+
+def test_default_checkpoint_is_the_best_of_the_newest_run(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(module, "lightning_logs/version_10/checkpoints/best.ckpt")
+    module.network.fc.bias.data.add_(torch.tensor([0, 0, 0, 1e4]))
+    save(module, "lightning_logs/version_9/checkpoints/best.ckpt")
+    assert predict.main(["pets/a.png", "--output=out.json"]) == 0
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["probability"] < 1
+    save(module, "lightning_logs/version_11/checkpoints/best.ckpt")
+    assert predict.main(["pets/a.png", "--output=out.json"]) == 0
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["class"] == NAMES[3]
+
+
+def test_other_projects_weights_see_images_of_the_original_size(module: ResNetModule) -> None:
+    network = ResNetModule(layers=(1, 1, 1), width=4, num_classes=2, shortcut="conv1x1").network
+    weights = network.eval().state_dict()
+    theirs = {re.sub(r"^(conv|bn)\.", r"\g<1>1.", key): value for key, value in weights.items()}
+    torch.save({"net": theirs, "acc": 93.1}, "net.pth")
+    assert predict.main(["pets/a.png", "--ckpt=net.pth", "--output=out.json"]) == 0
+    row = json.loads(Path("out.json").read_text())[0]
+    with torch.no_grad():
+        image = functional.to_tensor(Image.open("pets/a.png"))
+        shares = network(image[None]).softmax(dim=1)[0]
+    assert row["class"] == str(int(shares.argmax()))
+    assert row["probability"] == pytest.approx(float(shares.max()), abs=1e-4)
+    assert list(row) == ["file", "class", "probability", "class_2", "probability_2"]
+
+
+def test_unreadable_files_are_named_and_the_rest_is_done(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("pets/empty.png").touch()
+    Path("notes.txt").write_text("no image")
+    whole = Path("pets/b.png").read_bytes()
+    Path("pets/cut.png").write_bytes(whole[: len(whole) // 2])
+    assert predict.main(["pets", "notes.txt", "--ckpt=best.ckpt", "--output=out.csv"]) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert [line.split()[1] for line in lines] == ["pets/cut.png", "pets/empty.png", "notes.txt"]
+    assert out.count("\n") == 1 + 3
+    assert Path("out.csv").read_text().count("\n") == 1 + 3
+
+
+def test_no_table_without_a_readable_file(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("notes.txt").write_text("no image")
+    assert predict.main(["notes.txt", "--ckpt=best.ckpt", "--output=out.csv"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert not Path("out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["pets", "--output=o.txt"], "argument --output: 'o.txt' must end in .csv or .json"),
+        (["pets", "--output=no/o.csv"], "argument --output: 'no/o.csv': there is no folder 'no'"),
+        ([], "the following arguments are required: images"),
+        (["nowhere.png"], "there is no image at 'nowhere.png'"),
+        (["pets", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
+        (["pets"], "no run in lightning_logs/ has a best.ckpt: train one with python train.py fit"),
+        (["pets", "--ckpt=pets/a.png"], "pets/a.png is not a checkpoint"),
+        (
+            ["pets", "--ckpt=vgg.pth"],
+            "vgg.pth is not a network of this project: it has no conv.weight",
+        ),
+    ],
+)
+def test_user_errors_are_one_line(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    torch.save({"features.0.weight": torch.zeros(1)}, "vgg.pth")
+    with pytest.raises(SystemExit) as end:
+        predict.main(args)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert err.startswith(f"error: {message}")
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_table_that_cannot_be_written_is_one_line(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out.csv").mkdir()
+    with pytest.raises(SystemExit) as end:
+        predict.main(["pets/a.png", "--ckpt=best.ckpt", "--output=out.csv"])
+    err = capsys.readouterr().err
+    assert end.value.code == 1
+    assert err.startswith("error: out.csv could not be written")
+    assert err.count("\n") == 1

@@ -1,0 +1,263 @@
+"""Runs that are killed, stopped or cannot write: resumed, they end as an uninterrupted run."""
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_DIGITS, Run, Start, Started
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EPOCHS = 3
+# 25 steps in an epoch; the rate changes with each, and the best epoch need not be the last.
+RUN = [
+    *SMALL_DIGITS,
+    "--pictures.every_n_epochs=0",
+    "--trainer.enable_model_summary=false",
+    "--data.batch_size=50",
+    f"--trainer.max_epochs={EPOCHS}",
+    "--model.optimizer.lr=0.01",
+    "--seed_everything=3",
+]
+STEP_LR = ["--model.lr_scheduler.step_size=1"]
+ONE_CYCLE = [
+    "--model.lr_scheduler=OneCycleLR",
+    "--model.lr_scheduler.max_lr=0.02",
+    "--model.lr_interval=step",
+]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """All that TensorBoard shows of a run, but its speed."""
+    events = EventAccumulator(str(run)).Reload()
+    names = [name for name in events.Tags()["scalars"] if name != "images_per_second"]
+    return {name: [(p.step, p.value) for p in events.Scalars(name)] for name in names}
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two nested structures are bit-identical."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(is_same(*pair) for pair in zip(a, b, strict=True))
+    return a == b
+
+
+def best_score(checkpoint: dict[str, Any]) -> Any:
+    return checkpoint["callbacks"]["EpochCheckpoint best"]["best_model_score"]
+
+
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
+    """Weights, optimizer and scheduler, the best checkpoint and its score, and every curve."""
+    for name in ("last.ckpt", "best.ckpt"):
+        ours, theirs = (load(folder / "checkpoints" / name) for folder in (run, uninterrupted))
+        for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+            assert is_same(ours[key], theirs[key]), (name, key)
+        assert is_same(best_score(ours), best_score(theirs))
+    assert curves(run) == curves(uninterrupted)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+class StopInEpoch(Callback):
+    """Stops a run in the middle of an epoch, as Ctrl-C does."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == self.epoch and args[-1] == 14:
+            raise KeyboardInterrupt
+
+
+STOP = ["--trainer.callbacks=test_resume.StopInEpoch", "--trainer.callbacks.epoch=1"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        STEP_LR,
+        ONE_CYCLE,
+        ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=0.5"],
+        ["--trainer.check_val_every_n_epoch=2"],
+    ],
+    ids=["step", "cycle", "accumulation", "rare validation"],
+)
+def test_resumed_run_equals_an_uninterrupted_one(run: Run, options: list[str]) -> None:
+    assert run("fit", *RUN, *options, "--trainer.default_root_dir=whole").code == 0
+    stopped = run("fit", *RUN, *options, *STOP)
+    assert stopped.code == 1
+    assert "Stopped in epoch 2. Resume with: python" in stopped.out
+    last = Path("lightning_logs/version_0/checkpoints/last.ckpt")
+    assert load(last)["epoch"] == 0
+    resumed = run("fit", "--ckpt=last", "--trainer.callbacks=null")
+    assert resumed.code == 0, resumed.err
+    assert_same_run(last.parents[1], Path("whole/lightning_logs/version_0"))
+
+
+def test_run_stopped_before_its_first_checkpoint_says_so(run: Run) -> None:
+    stop = ["--trainer.callbacks=test_resume.StopInEpoch", "--trainer.callbacks.epoch=0"]
+    stopped = run("fit", *RUN, *stop)
+    assert stopped.code == 1
+    assert "Stopped before the first epoch was saved" in stopped.out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "line"),
+    [
+        ("--trainer.max_epochs=4", 1, "takes 100 steps, but its learning rate's cycle has only 75"),
+        ("--data.batch_size=25", 1, "takes 150 steps, but its learning rate's cycle has only 75"),
+        ("--data.batch_size=125", 0, "The run ends 45 steps before its rate's cycle"),
+    ],
+)
+def test_cycle_limits_a_resumed_run(run: Run, change: str, code: int, line: str) -> None:
+    """A run that is refused stays as it is."""
+    stop = [*STOP[:1], "--trainer.callbacks.epoch=2"]
+    assert run("fit", *RUN, *ONE_CYCLE, *stop).code == 1
+    folder = Path("lightning_logs/version_0")
+    files = [folder / "config.yaml", folder / "run.json", folder / "checkpoints/last.ckpt"]
+    before = [file.read_bytes() for file in files]
+    resumed = run("fit", "--ckpt=last", "--trainer.callbacks=null", change)
+    assert resumed.code == code, resumed.err
+    assert line in resumed.err + resumed.out
+    assert code == 0 or [file.read_bytes() for file in files] == before
+
+
+class Poison(Callback):
+    """Makes one batch of an epoch NaN."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == self.epoch and args[-1] == 3:
+            args[1][0].fill_(float("nan"))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("val_size", [200, 0])
+def test_nan_ends_a_run_before_it_is_saved(run: Run, epoch: int, val_size: int) -> None:
+    options = ["--trainer.callbacks=test_resume.Poison", f"--trainer.callbacks.epoch={epoch}"]
+    outcome = run("fit", *RUN, f"--data.val_size={val_size}", *options)
+    assert outcome.code == 1
+    assert f"error: the weights are not finite (nan or inf) after epoch {epoch + 1}" in outcome.err
+    found = sorted(Path("lightning_logs/version_0").glob("checkpoints/*.ckpt"))
+    assert [path.name for path in found] == (["best.ckpt", "last.ckpt"] if epoch else [])
+    for path in found:
+        content = load(path)
+        assert content["epoch"] == 0
+        assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """What a full disk does: a write fails in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class FillTheDisk(Callback):
+    """Lets the second epoch's checkpoints fail."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+
+def test_full_disk_leaves_the_checkpoints_whole(run: Run) -> None:
+    # Larger than what TensorBoard and matplotlib write meanwhile.
+    network = ["--model.width=8", "--trainer.callbacks=test_resume.FillTheDisk"]
+    with files_no_larger_than(2**40):
+        outcome = run("fit", *RUN, *network)
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert ".ckpt could not be written: File too large" in line
+    folder = Path("lightning_logs/version_0/checkpoints")
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert load(folder / "last.ckpt")["epoch"] == load(folder / "best.ckpt")["epoch"] == 0
+
+
+def wait_for(started: Started, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in started.out:
+        assert time.monotonic() < deadline, started.out
+        assert started.process.is_alive(), started.out
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, start_anywhere: Start) -> Path:
+    """The folder of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    started = start_anywhere("fit", *RUN, *STEP_LR, folder=folder)
+    assert started.wait() == 0, started.out
+    return folder / "lightning_logs" / "version_0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "codes"), [(signal.SIGINT, {1, 130}), (signal.SIGTERM, {143})], ids=["INT", "TERM"]
+)
+def test_signal_ends_a_run_that_then_resumes(
+    start: Start, tmp_path: Path, uninterrupted: Path, number: int, codes: set[int]
+) -> None:
+    stopped = start("fit", *RUN, *STEP_LR)
+    wait_for(stopped, "Epoch 1/")
+    os.kill(stopped.process.pid, number)
+    assert stopped.wait() in codes, stopped.out
+    assert "Traceback" not in stopped.out
+    run = tmp_path / "lightning_logs/version_0"
+    (command,) = [line for line in stopped.out.splitlines() if "Resume with: python " in line]
+    resumed = start(*command.split("Resume with: ")[1].split()[2:])
+    assert resumed.wait() == 0, resumed.out
+    assert_same_run(run, uninterrupted)
+
+
+def kill_at_random(started: Started, chance: random.Random) -> None:
+    """Kills a run at a random moment of its training, or while it writes a checkpoint."""
+    folder, process = started.output.parent, started.process
+    while "GPU" not in started.out and process.is_alive():
+        time.sleep(0.001)
+    wanted, end = chance.choice(["any", "last", "best"]), time.monotonic() + chance.uniform(0, 2)
+    while process.is_alive() and time.monotonic() < end:
+        halves = folder.glob(f"lightning_logs/*/checkpoints/{wanted}.ckpt.part")
+        if wanted != "any" and any(halves):
+            break
+    process.kill()
+    process.join()
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_no_trace(start: Start, tmp_path: Path, uninterrupted: Path) -> None:
+    """Runs resume until they end, and each that does equals the uninterrupted one."""
+    chance, kills, ended = random.Random(0), 0, 0
+    while kills < 10 or not ended:
+        last = list(tmp_path.glob("lightning_logs/version_*/checkpoints/last.ckpt"))
+        started = start("fit", "--ckpt=last") if last else start("fit", *RUN, *STEP_LR)
+        if kills < 10:
+            kill_at_random(started, chance)
+        if started.wait() == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert started.process.exitcode == 0, started.out
+        (last,) = tmp_path.glob("lightning_logs/version_*/checkpoints/last.ckpt")
+        assert_same_run(last.parents[1], uninterrupted)
+        ended += 1
+        (tmp_path / "lightning_logs").rename(tmp_path / f"ended_{ended}")  # and once more
