@@ -291,11 +291,11 @@ class ResNetModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log("lr", self.lr)
-        self.log_dict(self.train_metrics, prog_bar=True)
+        self.log_dict(self.train_metrics)
         self.log("step", float(self.current_epoch + 1))
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_metrics, prog_bar=True)
+        self.log_dict(self.val_metrics)
         self.log("step", float(self.current_epoch + 1))
 
     def on_test_epoch_end(self) -> None:

@@ -26,6 +26,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -133,7 +134,7 @@ class CLI(LightningCLI):
         self.path = find_checkpoint(str(name), root / LOGS)
         self.checkpoint = read_checkpoint(self.path)
         print_once(f"Checkpoint: {relative(self.path)}")
-        run = self.path.absolute().parents[1]
+        run = self.path.absolute().parent.parent
         if command == "fit" and (run / "config.yaml").is_file():
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = run if self.path.name == "last.ckpt" else None
@@ -177,6 +178,7 @@ class CLI(LightningCLI):
             check_model_options(model, self.checkpoint)
 
     def instantiate_classes(self) -> None:
+        self.collector = PredictionCollector(self.config[self.subcommand].mirror)
         with one_line_errors(2, Exception):
             super().instantiate_classes()
             if self.path is not None:
@@ -185,26 +187,25 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config, options = self.config[self.subcommand], self.config_init[self.subcommand]
-        fitting = self.subcommand == "fit"
-        self.collector = PredictionCollector(config.mirror)
-        callbacks = as_list(options.trainer.callbacks)
-        if not fitting:
-            callbacks.append(self.collector)
-        elif config.trainer.enable_model_summary is not False:
-            callbacks.append(NetworkSummary(max_depth=2))
-            kwargs["enable_model_summary"] = False  # Lightning's own
-        if config.trainer.enable_progress_bar is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
         if config.data.val_size == 0:
             kwargs["limit_val_batches"] = 0
         if config.data.val_size == 0 or config.trainer.limit_val_batches == 0:
             options.best_checkpoint.monitor = None  # without validation the last is the best
+        if self.subcommand != "fit" or config.trainer.logger is False:
+            self.save_config_callback = None  # there is no folder for it
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = fitting and self.make_logger(
-                Path(config.trainer.default_root_dir or "")
-            )
-        if not fitting or config.trainer.logger is False:
-            self.save_config_callback = None
+            root = Path(config.trainer.default_root_dir or "")
+            kwargs["logger"] = self.subcommand == "fit" and self.make_logger(root)
+        callbacks = as_list(options.trainer.callbacks)
+        if config.trainer.enable_progress_bar is None:  # by default a bar, but not in a log file
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            if sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in callbacks):
+                callbacks.append(TQDMProgressBar(refresh_rate=10))
+        if self.subcommand != "fit":
+            callbacks.append(self.collector)
+        elif config.trainer.enable_model_summary is not False:
+            callbacks.append(NetworkSummary(max_depth=2))
+            kwargs["enable_model_summary"] = False  # Lightning's own
         plugins = [*as_list(options.trainer.plugins), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             # Lightning would save, and resume from, half an epoch; recipes/slurm.sh requeues.
@@ -244,10 +245,10 @@ class CLI(LightningCLI):
             "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
             **describe_run(self.trainer),
         }
-        if self.collector.mirrored:
-            mirrored, labels = self.collector.mirrored
-            metadata["acc_mirrored"] = float((mirrored.argmax(dim=1) == labels).float().mean())
         probabilities, labels = self.collector.result
+        if self.collector.mirrored:
+            correct = self.collector.mirrored[0].argmax(dim=1) == labels
+            metadata["acc_mirrored"] = int(correct.sum()) / len(labels)
         folder, data = self.path.parent, LabelledImages(images, labels, self.model.class_names)
         files = write_report(folder, stage, data, probabilities, metadata)
         print(f"Written to {relative(folder)}/: {', '.join(files)}")
@@ -327,8 +328,11 @@ def silence_lightning() -> None:
 
 def main() -> None:
     """Runs a command: fit, validate, test or predict."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
     silence_lightning()
-    with one_line_errors(1, MisconfigurationException, OSError, FloatingPointError):
+    run_errors = (MisconfigurationException, OSError, FloatingPointError)
+    with one_line_errors(1, *run_errors):
         CLI(
             ResNetModule,
             CIFARDataModule,
@@ -352,6 +356,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before training, where Lightning sees to it
+        sys.exit(130)

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
+from tqdm import tqdm
 
 from cifar_resnet.checkpoint import atomic_write
 from cifar_resnet.figures import (
@@ -83,7 +84,7 @@ class CycleLengthCheck(Callback):
                 )
             if cycle is not None and run is not None and 0 <= run < cycle:
                 left = cycle - run
-                pl_module.print(f"The run ends {left} {config.interval}s before its rate's cycle")
+                print_once(f"The run ends {left} {config.interval}s before its rate's cycle")
 
 
 class ResumeHint(Callback):
@@ -149,7 +150,7 @@ class EpochSummary(Callback):
         self.start, self.first_epoch = time.perf_counter(), trainer.current_epoch
         if trainer.world_size > 1 or trainer.accumulate_grad_batches > 1:
             images = effective_batch_size(trainer)
-            pl_module.print(f"Each optimizer step takes {images} images, of all processes together")
+            print_once(f"Each optimizer step takes {images} images, of all processes together")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = not trainer.sanity_checking
@@ -157,19 +158,19 @@ class EpochSummary(Callback):
     # An epoch's metrics are complete when the next one starts.
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
-            self.print_epoch(trainer, pl_module)
+            self.print_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
-            self.print_epoch(trainer, pl_module)
+            self.print_epoch(trainer)
         best = next((c for c in model_checkpoints(trainer) if c.best_model_path), None)
         if best is not None:
             path, score = relative(Path(best.best_model_path)), best.best_model_score
             reached = "" if score is None else f" ({best.monitor} {score:.4f})"
-            pl_module.print(f"Best checkpoint: {path}{reached}")
-            pl_module.print(f"Test it: python train.py test --ckpt {path}")
+            print_once(f"Best checkpoint: {path}{reached}")
+            print_once(f"Test it: python train.py test --ckpt {path}")
 
-    def print_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def print_epoch(self, trainer: Trainer) -> None:
         """Prints what the epoch that has just ended came to."""
         done, last = trainer.current_epoch, trainer.max_epochs or -1  # -1: without an end
         metrics = trainer.callback_metrics
@@ -181,7 +182,7 @@ class EpochSummary(Callback):
         if last > done:
             each = (time.perf_counter() - self.start) / (done - self.first_epoch)
             parts.append(f"{datetime.timedelta(seconds=round(each * (last - done)))} left")
-        pl_module.print("  ".join(parts))
+        print_once("  ".join(parts))
         self.validated = False
 
 
@@ -404,5 +405,5 @@ def relative(path: Path) -> str:
 
 @rank_zero_only
 def print_once(line: str) -> None:
-    """Prints a line, in the first of several processes."""
-    print(line, flush=True)
+    """Prints a line, above a progress bar if there is one, in the first of several processes."""
+    tqdm.write(line)
