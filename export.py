@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import find_checkpoint, read_checkpoint
+from cifar_resnet.checkpoint import find_checkpoint, give_scaling, read_checkpoint
 from resnet_module import ResNetModule
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -56,9 +56,14 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=model_path, required=True, help="a .onnx or .pt2 file")
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
+    for name in ("--input_mean", "--input_std"):
+        parser.add_argument(
+            name, nargs=3, type=float, help="of other projects' weights, by channel"
+        )
     options = parser.parse_args(args)
     try:
         checkpoint = read_checkpoint(find_checkpoint(options.ckpt, Path("lightning_logs")))
+        give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
-from cifar_resnet.checkpoint import atomic_write, find_checkpoint, read_checkpoint
+from cifar_resnet.checkpoint import atomic_write, find_checkpoint, give_scaling, read_checkpoint
 from cifar_resnet.datasets import image_files, read_square
 from cifar_resnet.report import to_csv, to_json
 from resnet_module import ResNetModule
@@ -38,10 +38,15 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
     parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")
+    for name in ("--input_mean", "--input_std"):
+        parser.add_argument(
+            name, nargs=3, type=float, help="of other projects' weights, by channel"
+        )
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
         checkpoint = read_checkpoint(find_checkpoint(options.ckpt, Path("lightning_logs")))
+        give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -5,6 +5,7 @@ scaling, loss, metrics, optimizer and learning-rate schedule.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -131,12 +132,12 @@ class ResNet(nn.Module):
         width: PositiveInt = 16,
     ) -> None:
         super().__init__()
-        block = PreActBlock if preactivation else BasicBlock
+        block = partial(PreActBlock if preactivation else BasicBlock, shortcut=shortcut)
 
         def stage(index: int) -> nn.Sequential:
             channels, stride = width * 2**index, 1 if index == 0 else 2
-            first = block(width if index == 0 else channels // 2, channels, stride, shortcut)
-            rest = (block(channels, channels, 1, shortcut) for _ in range(layers[index] - 1))
+            first = block(width if index == 0 else channels // 2, channels, stride)
+            rest = (block(channels, channels, 1) for _ in range(layers[index] - 1))
             return nn.Sequential(first, *rest)
 
         self.preactivation = preactivation

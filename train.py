@@ -169,6 +169,8 @@ class CLI(LightningCLI):
         options = config.clone(with_meta=False).as_dict()
         if self.subcommand == "fit":
             check_resume(options, self.checkpoint)
+            if completed_epochs(self.checkpoint) == config.trainer.max_epochs:
+                print_once("The run has all its epochs: give --trainer.max_epochs for more")
             stored = self.checkpoint["datamodule_hyper_parameters"]
             for name, (before, now) in changed_options(options["data"], stored).items():
                 print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
@@ -181,6 +183,8 @@ class CLI(LightningCLI):
         self.collector = PredictionCollector(self.config[self.subcommand].mirror)
         with one_line_errors(2, Exception):
             super().instantiate_classes()
+            if self.subcommand == "fit":
+                self.model.optimizer(self.model.parameters())  # refuses a rate of -1 now
             if self.path is not None:
                 load_weights(self.model, self.checkpoint)
                 self.model.class_names = self.checkpoint["class_names"]
@@ -320,6 +324,7 @@ def silence_lightning() -> None:
         "dirpath has changed",  # from an earlier checkpoint a new run branches off
         "not supported by the model summary",  # bf16-mixed
         "LeafSpec",  # Lightning 2.6 with newer torch
+        "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
     ):
         warnings.filterwarnings("ignore", f".*{message}")
     adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")

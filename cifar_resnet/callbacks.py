@@ -163,6 +163,10 @@ class EpochSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
             self.print_epoch(trainer)
+        if not trainer.is_last_batch:
+            print_once(
+                f"The run ended within epoch {trainer.current_epoch + 1}, which is not saved"
+            )
         best = next((c for c in model_checkpoints(trainer) if c.best_model_path), None)
         if best is not None:
             path, score = relative(Path(best.best_model_path)), best.best_model_score

@@ -166,6 +166,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def give_scaling(
+    checkpoint: dict[str, Any], mean: list[float] | None, std: list[float] | None
+) -> None:
+    """Adds the input scaling, by channel, that other projects' files lack.
+
+    Raises:
+        ValueError: If the checkpoint has its own.
+    """
+    if mean is None and std is None:
+        return
+    if "mean" in checkpoint["state_dict"]:
+        raise ValueError("the checkpoint has its own input scaling: leave input_mean and _std out")
+    checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
+
+
 def is_resumable(checkpoint: Mapping[str, Any]) -> bool:
     """Whether this is a whole checkpoint of this project, not only weights."""
     return "optimizer_states" in checkpoint

@@ -180,3 +180,20 @@ def test_a_table_that_cannot_be_written_is_one_line(
     assert end.value.code == 1
     assert err.startswith("error: out.csv could not be written")
     assert err.count("\n") == 1
+
+
+def test_scaling_of_other_projects_weights(
+    module: ResNetModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(module.network.state_dict(), "bare.pkl")
+    module.mean.fill_(0.4)
+    module.std.fill_(0.2)
+    scaling = ["--input_mean", *["0.4"] * 3, "--input_std", *["0.2"] * 3]
+    assert predict.main(["pets/a.png", "--ckpt=bare.pkl", "--output=out.json", *scaling]) == 0
+    (row,) = json.loads(Path("out.json").read_text())
+    name, share = expected(module, "pets/a.png")[0]
+    assert row["class"] == str(NAMES.index(name))
+    assert row["probability"] == pytest.approx(share, abs=1e-3)
+    with pytest.raises(SystemExit):
+        predict.main(["pets/a.png", "--ckpt=best.ckpt", *scaling])
+    assert "error: the checkpoint has its own input scaling" in capsys.readouterr().err
