@@ -323,6 +323,7 @@ def silence_lightning() -> None:
         "exists and is not empty",  # a resumed run's folder
         "dirpath has changed",  # from an earlier checkpoint a new run branches off
         "not supported by the model summary",  # bf16-mixed
+        "could not find the monitored key",  # before the first validation
         "LeafSpec",  # Lightning 2.6 with newer torch
         "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
     ):

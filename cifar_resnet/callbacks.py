@@ -6,6 +6,7 @@ Callbacks get the module and the data from the Trainer; they import neither.
 import copy
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -59,8 +60,9 @@ class TerminateOnNaN(Callback):
     """Ends a run whose weights are not finite, before a checkpoint holds them."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        finite = [parameter.isfinite().all() for parameter in pl_module.parameters()]
-        if not torch.stack(finite).all():
+        # Buffers, too: a step that float16 skips leaves NaN in batch statistics alone.
+        finite = [value.isfinite().all() for value in pl_module.state_dict().values()]
+        if not trainer.strategy.reduce_boolean_decision(bool(torch.stack(finite).all())):
             raise FloatingPointError(
                 f"the weights are not finite (nan or inf) after epoch {trainer.current_epoch + 1}, "
                 f"at a learning rate of {pl_module.lr:g}: the checkpoints are those of earlier "
@@ -75,16 +77,23 @@ class CycleLengthCheck(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             cycle = getattr(config.scheduler, "total_steps", None)
+            if cycle is None:
+                continue
             by_step = config.interval == "step"
             run = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
-            if cycle is not None and run is not None and run > cycle:
+            if run in (-1, math.inf):
+                raise MisconfigurationException(
+                    f"the run has no end, but its learning rate's cycle has only {cycle} "
+                    f"{config.interval}s: give --trainer.max_epochs"
+                )
+            if run > cycle:
                 raise MisconfigurationException(
                     f"the run takes {run} {config.interval}s, but its learning rate's cycle has "
                     f"only {cycle}: begin a new run, or train for fewer epochs"
                 )
-            if cycle is not None and run is not None and 0 <= run < cycle:
+            if run < cycle:
                 left = cycle - run
-                print_once(f"The run ends {left} {config.interval}s before its rate's cycle")
+                print_once(f"The run ends {left} {config.interval}s before its rate's cycle does")
 
 
 class ResumeHint(Callback):
@@ -97,9 +106,14 @@ class ResumeHint(Callback):
             return
         if isinstance(exception, SIGTERMException):
             exception.code = 143  # as shells have it; Lightning would end with 0
-        saved = [Path(c.best_model_path) for c in model_checkpoints(trainer) if c.best_model_path]
-        if last := [path for path in saved if path.stem == "last"]:
-            command = shlex.join(["python", sys.argv[0], "fit", "--ckpt", relative(last[0])])
+        # Not best_model_path alone: in a run that branches off it is at first the old run's file.
+        saved = [
+            Path(c.best_model_path)
+            for c in model_checkpoints(trainer)
+            if Path(c.best_model_path) == Path(str(c.dirpath), "last.ckpt")
+        ]
+        if saved:
+            command = shlex.join(["python", sys.argv[0], "fit", "--ckpt", relative(saved[0])])
             print_once(f"Stopped in epoch {trainer.current_epoch + 1}. Resume with: {command}")
         else:
             print_once("Stopped before the first epoch was saved")
@@ -119,7 +133,7 @@ class NetworkSummary(ModelSummary):
 class Throughput(Callback):
     """Logs `images_per_second` of each epoch: in training, without validation, by all processes."""
 
-    seconds = start = 0.0
+    seconds = start = 0.0  # for `validate`, which has no epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.images, self.seconds, self.start = 0, 0.0, time.perf_counter()
@@ -158,15 +172,13 @@ class EpochSummary(Callback):
     # An epoch's metrics are complete when the next one starts.
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
-            self.print_epoch(trainer)
+            self.print_epoch(trainer, (trainer.max_epochs or -1) - trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
-            self.print_epoch(trainer)
-        if not trainer.is_last_batch:
-            print_once(
-                f"The run ended within epoch {trainer.current_epoch + 1}, which is not saved"
-            )
+            self.print_epoch(trainer, 0)
+        if not trainer.is_last_batch:  # Lightning counts this epoch as ended
+            print_once(f"The run ended within epoch {trainer.current_epoch}, which is not saved")
         best = next((c for c in model_checkpoints(trainer) if c.best_model_path), None)
         if best is not None:
             path, score = relative(Path(best.best_model_path)), best.best_model_score
@@ -174,7 +186,7 @@ class EpochSummary(Callback):
             print_once(f"Best checkpoint: {path}{reached}")
             print_once(f"Test it: python train.py test --ckpt {path}")
 
-    def print_epoch(self, trainer: Trainer) -> None:
+    def print_epoch(self, trainer: Trainer, epochs_left: int) -> None:
         """Prints what the epoch that has just ended came to."""
         done, last = trainer.current_epoch, trainer.max_epochs or -1  # -1: without an end
         metrics = trainer.callback_metrics
@@ -183,9 +195,9 @@ class EpochSummary(Callback):
             names = [name for name in (f"{stage}/loss", f"{stage}/acc") if name in metrics]
             parts += [f"{name} {float(metrics[name]):.4f}" for name in names]
         parts.append(f"{float(metrics['images_per_second']):,.0f} images/s")
-        if last > done:
+        if epochs_left > 0:
             each = (time.perf_counter() - self.start) / (done - self.first_epoch)
-            parts.append(f"{datetime.timedelta(seconds=round(each * (last - done)))} left")
+            parts.append(f"{datetime.timedelta(seconds=round(each * epochs_left))} left")
         print_once("  ".join(parts))
         self.validated = False
 
@@ -197,7 +209,7 @@ class RunMetadata(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing is written before training begins: a run that is refused leaves no trace."""
+        """Does nothing: a resume that is refused must not change the records of its run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         log_dir = trainer.log_dir  # all processes have to ask for it
@@ -231,9 +243,10 @@ class RunMetadata(SaveConfigCallback):
 
     def options(self, trainer: Trainer) -> dict[str, Any]:
         """What runs are compared by; an optimizer or a scheduler is its name."""
-        sections = (self.config["data"], self.config["model"])
-        options = {name: value for section in sections for name, value in vars(section).items()}
-        for name in ("root", "urls", "eval_batch_size"):
+        module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+        # Plain numbers; those of self.config are of jsonargparse's types, which show as text.
+        options = {**data.hparams, **module.hparams}
+        for name in ("root", "eval_batch_size", "num_classes", "_instantiator"):
             options.pop(name, None)
         for name in ("optimizer", "lr_scheduler"):
             chosen = options[name]
@@ -311,7 +324,7 @@ class TensorBoardImages(Callback):
         self.probabilities, self.labels = self.predictions.compute()
         counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
         rows = zip(names, counts.diag(), counts.sum(dim=1), strict=True)
-        accuracies = {f"val_class/{name}": right / n for name, right, n in rows if n}
+        accuracies = {f"val_class/{name}": float(right / n) for name, right, n in rows if n}
         pl_module.log_dict(accuracies, sync_dist=True)
         self.drawn, self.epoch = False, trainer.current_epoch + 1
         if self.epoch % self.every_n_epochs == 0:

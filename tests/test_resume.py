@@ -120,7 +120,7 @@ def test_run_stopped_before_its_first_checkpoint_says_so(run: Run) -> None:
     [
         ("--trainer.max_epochs=4", 1, "takes 100 steps, but its learning rate's cycle has only 75"),
         ("--data.batch_size=25", 1, "takes 150 steps, but its learning rate's cycle has only 75"),
-        ("--data.batch_size=125", 0, "The run ends 45 steps before its rate's cycle"),
+        ("--data.batch_size=125", 0, "The run ends 45 steps before its rate's cycle does"),
     ],
 )
 def test_cycle_limits_a_resumed_run(run: Run, change: str, code: int, line: str) -> None:

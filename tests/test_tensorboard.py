@@ -1,42 +1,115 @@
-"""TensorBoard as a user sees it: a run of the digits recipe, in a real browser.
+"""A run in TensorBoard: what is logged and drawn, and what a user sees in a real browser.
 
-It takes Chromium and `pip install -e ".[browser]"`. Screenshots go to the folder that
+The browser takes Chromium and `pip install -e ".[browser]"`. Screenshots go to the folder that
 TENSORBOARD_SCREENSHOTS names, if it names one.
 """
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import TINY, DigitsRun, Run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-PROJECT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet.callbacks import CHARTS
 
-
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The lightning_logs of two epochs of the digits recipe."""
-    folder = tmp_path_factory.mktemp("run")
-    recipe = ["--config", str(PROJECT / "recipes/digits.yaml"), "--trainer.max_epochs=2"]
-    command = [sys.executable, str(PROJECT / "train.py"), "fit", *recipe]
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
-    return folder / "lightning_logs"
+RUN = Path("lightning_logs/version_0")
 
 
 @pytest.fixture(scope="module")
-def address(logs: Path) -> Iterator[str]:
+def events(digits_run: DigitsRun) -> EventAccumulator:
+    return EventAccumulator(str(digits_run.folder)).Reload()
+
+
+def values(events: EventAccumulator, name: str) -> list[float]:
+    return [point.value for point in events.Scalars(name)]
+
+
+def hparams(events: EventAccumulator) -> dict[str, Any]:
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in shown.items()}
+
+
+def test_scalars_stand_against_epochs(events: EventAccumulator) -> None:
+    names = [name for name in events.Tags()["scalars"] if not name.startswith("hp/")]
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "lr", "images_per_second"} < {*names}
+    for name in names:
+        assert [point.step for point in events.Scalars(name)] == [1, 2, 3], name
+
+
+def test_every_chart_has_its_curves(events: EventAccumulator) -> None:
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    for group in CHARTS.values():
+        for name, (_, patterns) in group.items():
+            for pattern in patterns:
+                found = [tag for tag in events.Tags()["scalars"] if re.search(pattern, tag)]
+                assert len(found) == (10 if name == "of each class" else 1)
+
+
+def test_class_accuracies_make_up_the_accuracy(events: EventAccumulator) -> None:
+    data = CIFARDataModule(dataset="digits", val_size=200)
+    data.setup("validate")
+    shares = data.val_set.labels.bincount() / 200
+    recalls = torch.tensor([values(events, f"val_class/{name}") for name in data.class_names])
+    assert (shares @ recalls).tolist() == pytest.approx(values(events, "val/acc"))
+
+
+def test_pictures_graph_and_command_are_there(
+    events: EventAccumulator, digits_run: DigitsRun
+) -> None:
+    steps = {
+        name: [image.step for image in events.Images(name)] for name in events.Tags()["images"]
+    }
+    assert steps == {"augmented batch": [0], "val/confusion matrix": [3], "val/mistakes": [3]}
+    assert events.Tags()["graph"]
+    assert Image.open(digits_run.folder / "curves.png").width > 500
+    text = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "python train.py fit --data.dataset=digits" in text
+    assert (digits_run.folder / "config.yaml").read_text().splitlines()[-1] in text
+
+
+def test_hparams_hold_the_options_and_the_best_accuracy(events: EventAccumulator) -> None:
+    expected = {"dataset": "digits", "optimizer": "Adam", "lr_scheduler": "StepLR", "lr": 1e-3}
+    expected |= {"batch_size": 50, "width": 4, "shortcut": "conv3x3", "epochs": 3, "seed": 0}
+    assert expected.items() <= hparams(events).items()
+    assert values(events, "hp/best_val/acc") == [max(values(events, "val/acc"))]
+
+
+def test_hparams_of_a_cycle_and_of_a_run_without_validation(run: Run, cifar10: Path) -> None:
+    cycle = [f"--model.lr_scheduler{o}" for o in ("=OneCycleLR", ".max_lr=0.2", ".total_steps=1")]
+    options = [f"--data.root={cifar10}", "--data.val_size=0", "--trainer.max_epochs=1", *TINY]
+    assert run("fit", *options, *cycle).code == 0
+    events = EventAccumulator(str(RUN)).Reload()
+    assert hparams(events)["lr"] == 0.2
+    assert values(events, "hp/train/acc") == values(events, "train/acc")
+    assert not events.Tags()["images"]  # 0 pictures, the default of these tests
+    assert not (RUN / "curves.png").exists()
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def address(digits_run: DigitsRun) -> Iterator[str]:
     """Of TensorBoard, on a port that was free."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port=0"]
+    command = [sys.executable, "-m", "tensorboard.main", "--port=0"]
+    command += ["--logdir", str(digits_run.folder.parent)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
-        said = next(line for line in server.stderr if "http://" in line)
-        yield "http://" + said.split("http://")[1].split()[0]
+        line = next(line for line in server.stderr if "http://" in line)
+        yield "http://" + line.split("http://")[1].split()[0]
         server.terminate()
 
 
@@ -49,69 +122,50 @@ def page(address: str) -> Iterator[Any]:
             executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
             args=["--no-sandbox", "--disable-gpu", *offline],
         )
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": 1400, "height": 1000}, base_url=address)
         page.set_default_timeout(60_000)
         yield page
         browser.close()
 
 
-def look(page: Any, address: str, dashboard: str) -> None:
+@contextlib.contextmanager
+def dashboard(page: Any, name: str) -> Iterator[None]:
+    """Opens one of TensorBoard's pages, and takes its screenshot at the end."""
     page.goto("about:blank")
-    page.goto(f"{address}/#{dashboard}")
-
-
-def keep(page: Any, name: str) -> None:
+    page.goto(f"/#{name}")
+    yield
     if folder := os.environ.get("TENSORBOARD_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
-def test_scalars_and_pictures_are_rendered(page: Any, address: str) -> None:
-    look(page, address, "timeseries")
-    for tag in ("images_per_second", "train/acc", "val/loss", "val_class/7"):
-        page.get_by_role("combobox", name="Filter tags").fill(
-            tag
-        )  # cards are only made when in sight
-        page.locator("card-view", has_text=tag).locator("svg").first.wait_for()
-    keep(page, "timeseries")
-    look(page, address, "images")
-    for tag in ("augmented batch", "val/confusion matrix", "val/mistakes"):
-        page.get_by_text(tag, exact=True).first.wait_for()
-    picture = page.locator("img[src*='individualImage']").first
-    picture.wait_for()
-    page.wait_for_function(
-        "address => fetch(address).then(r => r.blob()).then(createImageBitmap)"
-        ".then(picture => picture.width > 300)",
-        arg=picture.get_attribute("src"),
-    )
-    assert picture.evaluate("e => e.complete && e.naturalWidth > 300 && e.clientWidth > 100")
-    keep(page, "images")
+@pytest.mark.slow
+def test_browser_shows_curves_and_pictures(page: Any) -> None:
+    with dashboard(page, "timeseries"):
+        for tag in ("images_per_second", "train/acc", "val/loss", "val_class/7"):
+            # Cards are only made when in sight.
+            page.get_by_role("combobox", name="Filter tags").fill(tag)
+            page.locator("card-view", has_text=tag).locator("svg").first.wait_for()
+    with dashboard(page, "custom_scalars"):
+        for title in ("loss", "accuracy", "of each class"):
+            page.get_by_text(title, exact=True).first.wait_for()
+        page.get_by_text("Matches (2)").first.wait_for()  # training and validation
+        page.get_by_text("Matches (10)").first.wait_for()  # the classes
+    with dashboard(page, "images"):
+        for tag in ("augmented batch", "val/confusion matrix", "val/mistakes"):
+            page.get_by_text(tag, exact=True).first.wait_for()
+        picture = page.locator("img[src*='individualImage']").first
+        picture.wait_for()
+        page.wait_for_function("e => e.naturalWidth > 300", arg=picture.element_handle())
 
 
-def test_charts_compare_training_and_validation(page: Any, address: str) -> None:
-    look(page, address, "custom_scalars")
-    for title in ("loss", "accuracy", "of each class"):
-        page.get_by_text(title, exact=True).first.wait_for()
-    page.get_by_text("Matches (2)").first.wait_for()  # training and validation
-    page.get_by_text("Matches (10)").first.wait_for()  # the classes
-    keep(page, "custom_scalars")
-
-
-def test_run_graph_and_options_are_shown(page: Any, address: str) -> None:
-    look(page, address, "text")
-    page.get_by_text("train.py fit --config").first.wait_for()
-    page.get_by_text("max_epochs: 2").first.wait_for()
-    keep(page, "text")
-    look(page, address, "graphs")
-    page.locator("text", has_text="ResNet").first.wait_for()
-    keep(page, "graphs")
-    look(page, address, "hparams")
-    for column in ("optimizer", "hp/best_val/acc", "hp/best_epoch"):
-        page.get_by_text(column).first.wait_for(state="attached")
-    page.get_by_text("digits", exact=True).first.wait_for()
-    keep(page, "hparams")
-
-
-def test_no_request_fails(page: Any, address: str) -> None:
-    """The event files can be read by TensorBoard's own server, too."""
-    with urllib.request.urlopen(f"{address}/data/plugin/images/tags") as answer:
-        assert b"val/mistakes" in answer.read()
+@pytest.mark.slow
+def test_browser_shows_command_graph_and_hparams(page: Any) -> None:
+    with dashboard(page, "text"):
+        page.get_by_text("train.py fit --data.dataset=digits").first.wait_for()
+        page.get_by_text("max_epochs: 3").first.wait_for()
+    with dashboard(page, "graphs"):
+        page.locator("text", has_text="ResNet").first.wait_for()
+    with dashboard(page, "hparams"):
+        for column in ("optimizer", "hp/best_val/acc"):
+            page.get_by_text(column).first.wait_for(state="attached")
+        page.get_by_text("digits", exact=True).first.wait_for()

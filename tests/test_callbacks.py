@@ -1,0 +1,363 @@
+"""What happens beside training: checks, summaries, records, and when pictures are drawn."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, DigitsRun, Run
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet import callbacks
+from cifar_resnet.callbacks import (
+    CycleLengthCheck,
+    EpochSummary,
+    ResumeHint,
+    TensorBoardImages,
+    TerminateOnNaN,
+    Throughput,
+    read_scalars,
+)
+from cifar_resnet.checkpoint import EpochCheckpoint
+from resnet_module import ResNetModule
+
+RUN = Path("lightning_logs/version_0")
+CYCLE = partial(OneCycleLR, max_lr=0.1, total_steps=3)
+
+
+@pytest.fixture
+def small(cifar10: Path) -> list[str]:
+    """Options of a run whose epochs have 64 + 64 + 64 + 8 images."""
+    return [f"--data.root={cifar10}", "--data.val_size=50", "--data.batch_size=64", *TINY]
+
+
+def fit(
+    root: Path, *used: Callback, val_size: int = 50, ckpt: Path | None = None, **options: Any
+) -> Trainer:
+    """Two such epochs with these callbacks alone; options of the schedule and of Trainer."""
+    schedule = {name: options.pop(name) for name in [*options] if name.startswith("lr_")}
+    defaults: dict[str, Any] = {"max_epochs": 2, "logger": False, "default_root_dir": root}
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[*used],
+        enable_checkpointing=any(isinstance(callback, EpochCheckpoint) for callback in used),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **(defaults | options),
+    )
+    data = CIFARDataModule(str(root), val_size=val_size, batch_size=64, eval_batch_size=20)
+    trainer.fit(ResNetModule(layers=(1, 1, 1), width=4, **schedule), data, ckpt_path=ckpt)
+    return trainer
+
+
+class AtStart(Callback):
+    """Does something with the first images of an epoch, which count from 1."""
+
+    def __init__(self, epoch: int, action: Callable[[Tensor], None]) -> None:
+        self.epoch, self.action = epoch, action
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch + 1, batch_idx) == (self.epoch, 0):
+            self.action(batch[0])
+
+
+class Clock(Callback):
+    """The time in a run in which a training batch takes 1 s, one of validation 1,000 s."""
+
+    now = 0.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.now += 1
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.now += 1000
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def epoch_lines(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("Epoch ")]
+
+
+# Checks
+
+
+@pytest.mark.parametrize("val_size", [50, 0])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_nan_ends_the_run_before_a_checkpoint_holds_it(
+    epoch: int, val_size: int, cifar10: Path
+) -> None:
+    def spoil(images: Tensor) -> None:
+        images[7, 0, 5, 5] = math.nan
+
+    best = EpochCheckpoint("best", monitor="val/acc" if val_size else None)
+    every = EpochCheckpoint("epoch_{epoch}", save_top_k=-1)
+    used = [best, EpochCheckpoint("last"), every, AtStart(epoch, spoil), TerminateOnNaN()]
+    with pytest.raises(FloatingPointError, match=rf"after epoch {epoch}, .* rate of 0\.001:"):
+        fit(cifar10, *used, val_size=val_size, limit_val_batches=float(val_size > 0))
+    saved = [torch.load(path) for path in cifar10.rglob("*.ckpt")]
+    assert [checkpoint["epoch"] for checkpoint in saved] == [0] * 3 * (epoch - 1)
+    for checkpoint in saved:
+        assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_divergence_is_one_line(run: Run, small: list[str]) -> None:
+    outcome = run("fit", *small, "--model.optimizer=SGD", "--model.optimizer.lr=1e20")
+    assert outcome.code == 1
+    assert outcome.err.count("error: the weights are not finite (nan or inf) after epoch 1, ") == 1
+    assert "Traceback" not in outcome.err
+    assert not list(Path().rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("epochs", [4, -1])
+def test_run_longer_than_its_cycle_is_refused(interval: str, epochs: int, cifar10: Path) -> None:
+    batches: list[Tensor] = []
+    used = [CycleLengthCheck(), AtStart(1, batches.append)]
+    with pytest.raises(MisconfigurationException, match=r"^the run .* its learning rate's cycle"):
+        fit(cifar10, *used, lr_scheduler=CYCLE, lr_interval=interval, max_epochs=epochs)
+    assert not batches
+
+
+@pytest.mark.parametrize(("epochs", "noted"), [(3, False), (2, True)])
+def test_cycle_longer_than_its_run_is_noted(
+    epochs: int, noted: bool, cifar10: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = fit(cifar10, CycleLengthCheck(), lr_scheduler=CYCLE, max_epochs=epochs)
+    assert trainer.current_epoch == epochs
+    assert ("run ends 1 epoch" in capsys.readouterr().out) == noted
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 1), (SIGTERMException, 143)])
+def test_stopped_run_says_how_to_resume(
+    error: type[BaseException],
+    code: int,
+    cifar10: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(images: Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--trainer.max_epochs=9"])
+    monkeypatch.chdir(cifar10)
+    last = Path("my runs/checkpoints/last.ckpt")
+    # Before and after the first checkpoint; in a run that branches off from it, before its first.
+    for epoch, folder, ckpt in ((1, "my runs", None), (2, "my runs", None), (2, "branch", last)):
+        used = [EpochCheckpoint("best", "train/acc"), EpochCheckpoint("last"), AtStart(epoch, stop)]
+        with pytest.raises(SystemExit) as end:
+            fit(cifar10, *used, ResumeHint(), default_root_dir=cifar10 / folder, ckpt=ckpt)
+        assert end.value.code == code
+    assert capsys.readouterr().out.splitlines() == [
+        "Stopped before the first epoch was saved",
+        f"Stopped in epoch 2. Resume with: python train.py fit --ckpt '{last}'",
+        "Stopped before the first epoch was saved",
+    ]
+
+
+def test_bugs_get_no_resume_hint(cifar10: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(images: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(cifar10, AtStart(1, stop), ResumeHint())
+    assert capsys.readouterr().out == ""
+
+
+# Summaries
+
+
+def test_network_summary_has_a_row_for_each_stage(
+    run: Run, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables: list[dict[str, list[str]]] = []
+
+    def record(table: Any, *args: Any, **kwargs: Any) -> None:
+        tables.append({name: [cell.strip() for cell in column] for name, column in table})
+
+    monkeypatch.setattr(ModelSummary, "summarize", staticmethod(record))
+    options = ["--trainer.enable_model_summary=true", "--trainer.max_epochs=0"]
+    assert run("fit", *small, *options).code == 0
+    (table,) = tables  # and none of Lightning's own
+    stages = ("conv", "bn", "layer1", "layer2", "layer3", "fc")
+    assert table["Name"] == [f"network.{name}" for name in stages]
+    assert table["Params"] == ["108", "8", "304", "1.2 K", "4.7 K", "170"]
+    # A multiplication and an addition for each weight at each place where a filter stands; each
+    # stage has twice the channels on a quarter of the pixels.
+    assert 2 * 108 * 32 * 32 == 221_184
+    assert 2 * (2 * 4 * 4 * 3 * 3) * 32 * 32 == 589_824
+    assert table["FLOPs"] == ["221 K", "0", "589 K", "589 K", "589 K", "320"]
+
+
+@pytest.mark.parametrize("option", [{"val_check_interval": 2}, {"limit_val_batches": 0}])
+def test_images_per_second_leave_validation_out(
+    option: dict[str, Any], cifar10: Path, clock: Clock
+) -> None:
+    trainer = fit(cifar10, clock, Throughput(), **option)
+    # 2 × 4 batches of training, of validation 2 of the sanity check and 4 × 3
+    assert clock.now == 8 + 14_000 * ("val_check_interval" in option)
+    assert float(trainer.callback_metrics["images_per_second"]) == (3 * 64 + 8) / 4
+
+
+def test_epoch_lines_show_the_metrics(digits_run: DigitsRun) -> None:
+    curves, lines = read_scalars(digits_run.folder), epoch_lines(digits_run.out)
+    assert len(lines) == 3
+    for epoch, line in enumerate(lines):
+        parts = [f"Epoch {epoch + 1}/3"]
+        for name in ("train/loss", "train/acc", "val/loss", "val/acc"):
+            parts.append(f"{name} {curves[name][epoch][1]:.4f}")
+        parts.append(f"{curves['images_per_second'][epoch][1]:,.0f} images/s")
+        assert line.startswith("  ".join(parts))
+        assert bool(re.search(r"  \d:\d\d:\d\d left$", line)) == (epoch < 2)
+    path, best = RUN / "checkpoints/best.ckpt", max(value for _, value in curves["val/acc"])
+    assert f"Best checkpoint: {path} (val/acc {best:.4f})\n" in digits_run.out
+    assert f"Test it: python train.py test --ckpt {path}\n" in digits_run.out
+
+
+def test_epochs_without_validation_show_none(run: Run, small: list[str]) -> None:
+    options = ["--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"]
+    lines = epoch_lines(run("fit", *small, *options).out)
+    assert ["val/acc" in line for line in lines] == [False, True, False]
+
+
+@pytest.mark.parametrize("epochs", [-1, 9])
+@pytest.mark.parametrize("end", ["max_steps=6", "max_time=00:00:00:01"])
+def test_run_that_ends_early_shows_no_time_left_at_its_end(
+    run: Run, small: list[str], end: str, epochs: int
+) -> None:
+    outcome = run("fit", *small, f"--trainer.max_epochs={epochs}", f"--trainer.{end}")
+    assert outcome.code == 0, outcome.err
+    *lines, last = epoch_lines(outcome.out)
+    left = r"  \d:\d\d:\d\d left" if epochs > 0 else ""
+    for line in lines:
+        assert re.fullmatch(rf"Epoch \d+(/9)?  train/loss .* images/s{left}", line)
+    assert re.fullmatch(r"Epoch \d+(/9)?  train/loss .* images/s", last)
+    if end == "max_steps=6":  # an epoch of 4 and one of 2
+        assert len(lines) == 1
+        assert "The run ended within epoch 2, which is not saved\n" in outcome.out
+
+
+def test_time_left_follows_from_the_epochs_since_the_resume(
+    cifar10: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = [clock, Throughput(), EpochSummary(), EpochCheckpoint("last")]
+    fit(cifar10, *used, limit_val_batches=0)
+    last = cifar10 / "checkpoints/last.ckpt"
+    fit(cifar10, *used, limit_val_batches=0, ckpt=last, max_epochs=5)
+    lines = [line.split("  ") for line in epoch_lines(capsys.readouterr().out)]
+    epochs = ["Epoch 1/2", "Epoch 2/2", "Epoch 3/5", "Epoch 4/5", "Epoch 5/5"]
+    assert [line[0] for line in lines] == epochs
+    left = ["0:00:04 left", "50 images/s", "0:00:08 left", "0:00:04 left", "50 images/s"]
+    assert [line[-1] for line in lines] == left
+
+
+# Records
+
+
+def test_config_repeats_its_run(run: Run, small: list[str]) -> None:
+    small = [*small, "--trainer.max_epochs=1", "--seed_everything=7"]
+    for options in (small, [f"--config={RUN / 'config.yaml'}"]):
+        assert run("fit", *options).code == 0
+    again = RUN.with_name("version_1")
+    first, second = (yaml.safe_load((f / "config.yaml").read_text()) for f in (RUN, again))
+    assert first == second
+    assert first["seed_everything"] == 7
+    assert read_scalars(RUN)["train/loss"] == read_scalars(again)["train/loss"]
+
+
+def test_each_start_of_a_run_is_recorded(run: Run, small: list[str]) -> None:
+    assert run("fit", *small, "--trainer.max_epochs=1").code == 0
+    more = ["--trainer.max_epochs=2", "--data.batch_size=50"]
+    assert run("fit", "--ckpt", "last", *more).code == 0
+    first, second = json.loads((RUN / "run.json").read_text())
+    for start, options in ((first, [*small, "--trainer.max_epochs=1"]), (second, more)):
+        assert start["command"].startswith("python train.py fit ")
+        assert start["command"].endswith(shlex.join(options))
+        assert start["seed"] == 0
+        assert start["versions"]["torch"] == version("torch")
+    assert [start["effective_batch_size"] for start in (first, second)] == [64, 50]
+    assert first["data"] == second["data"]
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+def test_refused_resume_changes_no_record(run: Run, small: list[str]) -> None:
+    cycle = [f"--model.lr_scheduler{o}" for o in ("=OneCycleLR", ".max_lr=0.1", ".total_steps=1")]
+    assert run("fit", *small, *cycle, "--trainer.max_epochs=1").code == 0
+    files = [RUN / "config.yaml", RUN / "run.json", RUN / "checkpoints/last.ckpt"]
+    before = [file.read_bytes() for file in files]
+    outcome = run("fit", "--ckpt", "last", "--trainer.max_epochs=2")
+    assert outcome.code == 1
+    assert "error: the run takes 2 epochs, but its learning rate's cycle has only 1" in outcome.err
+    assert [file.read_bytes() for file in files] == before
+
+
+# Pictures
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What each figure is made of, instead of the figure."""
+    drawn: dict[str, list[Any]] = {"image_grid": [], "confusion_figure": [], "mistakes_figure": []}
+    for name, calls in drawn.items():
+        monkeypatch.setattr(callbacks, name, lambda *args, c=calls: c.append(args) or Figure())
+    return drawn
+
+
+def test_pictures_come_every_few_epochs_and_at_the_end(
+    cifar10: Path, drawn: dict[str, list[Any]]
+) -> None:
+    batches: list[Tensor] = []
+    used = [AtStart(1, batches.append), TensorBoardImages(2)]
+    trainer: Any = fit(cifar10, *used, logger=TensorBoardLogger(cifar10, "", ""), max_epochs=5)
+    data, accuracies = trainer.datamodule, dict(read_scalars(cifar10)["val/acc"])
+    titles = [f"Validation after epoch {n}: accuracy {accuracies[n]:.2%}" for n in (2, 4, 5)]
+    assert [title for _, _, title in drawn["confusion_figure"]] == titles
+    for epoch, (counts, _, _) in zip((2, 4, 5), drawn["confusion_figure"], strict=True):
+        assert float(counts.diag().sum()) / 50 == pytest.approx(accuracies[epoch])
+        assert counts.sum(dim=1).tolist() == [5] * 10  # and none of the sanity check's
+    for images, probabilities, labels, *_ in drawn["mistakes_figure"]:
+        assert torch.equal(images, data.val_set.images)
+        assert torch.equal(labels, data.val_set.labels)
+        assert len(probabilities) == 50
+    ((images, captions, _),) = drawn["image_grid"]  # the first batch, as training sees it
+    assert torch.equal(images, (batches[0][:40] * 255).round().byte())
+    assert len(captions) == 40
+
+
+def test_pictures_of_two_overfitted_batches(cifar10: Path, drawn: dict[str, list[Any]]) -> None:
+    logger = TensorBoardLogger(cifar10, "", "")
+    trainer: Any = fit(cifar10, TensorBoardImages(1), logger=logger, overfit_batches=2)
+    assert trainer.global_step == 4
+    first, second = (labels for _, _, labels, *_ in drawn["mistakes_figure"])
+    assert torch.equal(first, trainer.datamodule.val_set.labels[:40])
+    assert torch.equal(second, first)
+
+
+def test_without_tensorboard_nothing_is_drawn(cifar10: Path, drawn: dict[str, list[Any]]) -> None:
+    fit(cifar10, TensorBoardImages(1))
+    assert not any(drawn.values())
+    assert not list(cifar10.rglob("*.png"))
