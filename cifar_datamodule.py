@@ -52,8 +52,8 @@ class InMemoryDataset(Dataset[Batch]):
 
     def __getitems__(self, positions: list[int]) -> Batch:
         index = torch.tensor(positions)
-        # Images lie in memory pixel by pixel, and index_select copies them so, whole; self.images[
-        # index] would go byte by byte.
+        # Images lie in memory pixel by pixel, and index_select copies each of them whole; indexing
+        # the images as they are would go byte by byte.
         images = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
         return images, self.labels[index], index
 

@@ -66,7 +66,6 @@ LOGS = "lightning_logs"
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "best_checkpoint": {"filename": "best", "monitor": "val/acc"},
-    "last_checkpoint": {"filename": "last"},
     "periodic_checkpoint": {"filename": "epoch_{epoch}", "every_n_epochs": 20, "save_top_k": -1},
 }
 
@@ -123,11 +122,11 @@ class CLI(LightningCLI):
             self.config = parser.parse_args(self.with_stored_options(sys.argv[1:]))
 
     def with_stored_options(self, args: list[str]) -> list[str]:
-        """The arguments, behind the options of the checkpoint that they name."""
+        """Inserts the options of the checkpoint before the arguments, which override them."""
         command = args[0] if args else ""
         name, root = parse_checkpoint_name(args)
         only_shown = any(arg in ("-h", "--help") or "--print_config" in arg for arg in args)
-        if command not in self.subcommands() or only_shown or (command == "fit" and not name):
+        if command not in self.subcommands() or only_shown or (command == "fit" and name is None):
             return args
         if name in (None, "auto"):
             name = "last" if command == "fit" else "best"
@@ -142,10 +141,13 @@ class CLI(LightningCLI):
         return [command, f"--config={json.dumps(stored_config(self.checkpoint))}", *args[1:]]
 
     def before_instantiate_classes(self) -> None:
-        """Decides what the options leave open, and refuses what cannot be done."""
+        """Sets the defaults that depend on the hardware; refuses impossible options."""
         config = self.config[self.subcommand]
-        config.ckpt = None  # what is saved starts a run of its own
-        config.data.seed = int(config.seed_everything)  # `true` has become a random number
+        with one_line_errors(2, ValueError):
+            if config.ckpt and self.path is None:
+                raise ValueError("ckpt must be given on the command line, not in a configuration")
+        config.ckpt = None  # a saved configuration starts a new run
+        config.data.seed = int(config.seed_everything)  # `true` has become Lightning's choice
         if config.trainer.precision is None and not config.trainer.plugins:
             config.trainer.precision = native_precision(config.trainer.accelerator)
             print_once(
@@ -157,7 +159,7 @@ class CLI(LightningCLI):
             self.check(config)
 
     def check(self, config: Any) -> None:
-        """Refuses, before anything is made or written, what could not be done as it is meant."""
+        """Refuses impossible options before anything is made or written."""
         if config.mirror and self.subcommand not in ("test", "validate"):
             raise ValueError("mirror is an option of test and validate")
         if self.subcommand == "validate" and config.data.val_size == 0:
@@ -193,17 +195,16 @@ class CLI(LightningCLI):
         config, options = self.config[self.subcommand], self.config_init[self.subcommand]
         if config.data.val_size == 0:
             kwargs["limit_val_batches"] = 0
-        if config.data.val_size == 0 or config.trainer.limit_val_batches == 0:
-            options.best_checkpoint.monitor = None  # without validation the last is the best
         if self.subcommand != "fit" or config.trainer.logger is False:
             self.save_config_callback = None  # there is no folder for it
         if config.trainer.logger in (None, True):
             root = Path(config.trainer.default_root_dir or "")
             kwargs["logger"] = self.subcommand == "fit" and self.make_logger(root)
         callbacks = as_list(options.trainer.callbacks)
-        if config.trainer.enable_progress_bar is None:  # by default a bar, but not in a log file
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
-            if sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in callbacks):
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if config.trainer.enable_progress_bar is None and not own_bar:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()  # not in a log file
+            if sys.stdout.isatty():
                 callbacks.append(TQDMProgressBar(refresh_rate=10))
         if self.subcommand != "fit":
             callbacks.append(self.collector)
@@ -267,7 +268,7 @@ class CLI(LightningCLI):
 
 
 def as_list(option: Any) -> list[Any]:
-    """What Lightning takes as one, as many or as none."""
+    """An option of the Trainer that may be one object, a list or None."""
     return [*option] if isinstance(option, list) else [] if option is None else [option]
 
 
@@ -306,6 +307,8 @@ def one_line_errors(exit_code: int, *kinds: type[Exception]) -> Iterator[None]:
     """Ends the command with one line for an error of these kinds; others are bugs."""
     try:
         yield
+    except (NameError, AttributeError):
+        raise  # a bug of the code, whatever it was doing
     except kinds as error:
         fail(str(error) or type(error).__name__, exit_code)
 
@@ -321,9 +324,10 @@ def silence_lightning() -> None:
     for message in (
         "does not have many workers",  # the data lies in memory
         "exists and is not empty",  # a resumed run's folder
-        "dirpath has changed",  # from an earlier checkpoint a new run branches off
+        "dirpath has changed",  # a run that branches off has best checkpoints of its own
         "not supported by the model summary",  # bf16-mixed
         "could not find the monitored key",  # before the first validation
+        "on epoch level in distributed setting",  # the first process's values are logged
         "LeafSpec",  # Lightning 2.6 with newer torch
         "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
     ):
@@ -349,6 +353,7 @@ def main() -> None:
                 "max_epochs": 80,
                 "log_every_n_steps": 10,
                 "callbacks": [
+                    EpochCheckpoint("last"),
                     TerminateOnNaN(),
                     CycleLengthCheck(),
                     ResumeHint(),

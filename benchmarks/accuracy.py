@@ -71,7 +71,7 @@ def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root
     for name, verb in (("val", "validate"), ("test", "test")):
         if name == "val" and config["data"]["val_size"] == 0:
             continue
-        train_py(verb, "--ckpt", str(checkpoints / "best.ckpt"), "--mirror", *place)
+        train_py(verb, "--ckpt", "best", "--mirror", *place)
         report = json.loads((checkpoints / f"{verb}.json").read_text())
         row[name] = round(100 * report["acc"], 2)
     return row | {"test_mirrored": round(100 * report["acc_mirrored"], 2)}

@@ -10,12 +10,14 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -97,7 +99,25 @@ class CycleLengthCheck(Callback):
 
 
 class ResumeHint(Callback):
-    """Says how to resume a run that Ctrl-C or SIGTERM ends."""
+    """Ends a run at SIGTERM, in all processes before the same step; says how to resume it.
+
+    Lightning's own handler broadcasts from within whatever operation the signal interrupts: of
+    several processes some then fail, or wait for ever.
+    """
+
+    terminated = False  # SIGTERM has reached this process
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self.terminate)  # until Lightning restores the one before
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        self.terminated = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            raise SIGTERMException
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -217,10 +237,10 @@ class RunMetadata(SaveConfigCallback):
             return
         folder, file = Path(log_dir), Path(log_dir) / "run.json"
         folder.mkdir(parents=True, exist_ok=True)
+        starts = json.loads(file.read_text()) if file.is_file() else []
         config = self.parser.dump(self.config, skip_none=False)
         atomic_write(folder / "config.yaml", config)
         command = shlex.join(["python", *sys.argv])
-        starts = json.loads(file.read_text()) if file.is_file() else []
         start = {"command": command, "seed": self.config.get("seed_everything")}
         atomic_write(file, to_json([*starts, start | describe_run(trainer)]))
         if isinstance(trainer.logger, TensorBoardLogger):

@@ -108,13 +108,25 @@ class EpochCheckpoint(ModelCheckpoint):
         # Lightning's would be the same for two that differ in their file names alone.
         return f"{type(self).__name__} {self.filename}"
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning forgets the best score where the folder's path differs; of a run that was moved,
+        # whose best checkpoint lies here, the score still counts.
+        old, new = str(state_dict["dirpath"]), str(self.dirpath)
+        if Path(new, Path(state_dict["best_model_path"]).name).is_file():
+            paths = {k: v.replace(old, new) for k, v in state_dict.items() if isinstance(v, str)}
+            kept = {k.replace(old, new): v for k, v in state_dict["best_k_models"].items()}
+            state_dict = {**state_dict, **paths, "best_k_models": kept}
+        super().load_state_dict(state_dict)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_last_batch:  # not where max_steps or max_time ends a run within an epoch
             super().on_train_epoch_end(trainer, pl_module)
 
 
 def find_checkpoint(name: str, logs: Path) -> Path:
-    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has it.
+    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has one.
+
+    The best of a run without validation is its last.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -123,13 +135,16 @@ def find_checkpoint(name: str, logs: Path) -> Path:
         if not Path(name).is_file():
             raise FileNotFoundError(f"ckpt is {name!r}: there is no such file")
         return Path(name)
-    found = list(logs.glob(f"*/checkpoints/{name}.ckpt"))
+    found = [*logs.glob("*/checkpoints/last.ckpt")]
+    if name == "best":
+        found += logs.glob("*/checkpoints/best.ckpt")
     if not found:
         raise FileNotFoundError(
             f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
             "--ckpt PATH"
         )
-    return max(found, key=lambda path: (version_number(path), path.stat().st_mtime))
+    newest = max(found, key=lambda path: (version_number(path), path.stat().st_mtime)).parent
+    return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
 
 
 def version_number(checkpoint: Path) -> int:
@@ -176,6 +191,8 @@ def give_scaling(
     """
     if mean is None and std is None:
         return
+    if std and min(std) <= 0:
+        raise ValueError(f"input_std is {std}: each must be more than 0")
     if "mean" in checkpoint["state_dict"]:
         raise ValueError("the checkpoint has its own input scaling: leave input_mean and _std out")
     checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
@@ -229,6 +246,7 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
+            flat[f"{prefix}{name}"] = json.dumps(value.get("class_path"))
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = json.dumps(value)
@@ -273,7 +291,10 @@ def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> No
         raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
     trainer, done = config["trainer"], completed_epochs(checkpoint)
     if trainer["max_steps"] != -1:
-        raise ValueError("trainer.max_steps cannot end a resumed run: give --trainer.max_epochs")
+        raise ValueError(
+            "trainer.max_steps cannot end a resumed run: give --trainer.max_steps=-1 and "
+            "--trainer.max_epochs"
+        )
     if trainer["max_epochs"] is not None and 0 <= trainer["max_epochs"] < done:
         raise ValueError(
             f"trainer.max_epochs is {trainer['max_epochs']}, but the checkpoint has {done} epochs "

@@ -5,7 +5,7 @@
 #
 #   sbatch recipes/slurm.sh --config recipes/seed.yaml    # with any options of train.py fit
 #
-# Tested on one machine with SLURM 22.05 and two processes, not on several nodes.
+# Tested with SLURM 22.05 and two processes on one machine without GPUs, not on several nodes.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4

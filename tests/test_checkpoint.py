@@ -162,8 +162,11 @@ def make_runs(logs: Path, *names: str) -> None:
 def test_newest_run_with_the_checkpoint_is_found(tmp_path: Path) -> None:
     make_runs(tmp_path, "version_9/checkpoints/last.ckpt", "version_10/checkpoints/last.ckpt")
     make_runs(tmp_path, "version_2/checkpoints/best.ckpt", "mine/checkpoints/best.ckpt")
-    assert find_checkpoint("last", tmp_path).parts[-3] == "version_10"
-    assert find_checkpoint("best", tmp_path).parts[-3] == "version_2"
+    last = tmp_path / "version_10/checkpoints/last.ckpt"
+    assert find_checkpoint("last", tmp_path) == last
+    assert find_checkpoint("best", tmp_path) == last  # of a run without validation
+    make_runs(tmp_path, "version_10/checkpoints/best.ckpt")
+    assert find_checkpoint("best", tmp_path) == last.with_name("best.ckpt")
     path = str(tmp_path / "mine/checkpoints/best.ckpt")
     assert find_checkpoint(path, tmp_path) == Path(path)
     with pytest.raises(FileNotFoundError, match="ckpt is 'nowhere': there is no such file"):
@@ -183,7 +186,9 @@ def test_runs_that_could_not_resume_are_refused(digits_run: DigitsRun) -> None:
     check_resume(fit_config(max_epochs=3), checkpoint)
     check_resume(fit_config(max_epochs=-1), checkpoint)
     within = {"fit_loop": {"epoch_loop.batch_progress": {"is_last_batch": False}}}
-    model = fit_config() | {"model": {"optimizer": {"init_args": {"lr": 0.1}}}}
+    model = fit_config() | {
+        "model": {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1}}}
+    }
     for config, content, message in [
         (fit_config(), {"state_dict": {}}, "holds weights only"),
         (fit_config(), checkpoint | {"loops": within}, "saved within an epoch"),
@@ -209,6 +214,29 @@ def test_whole_epochs_only_are_saved(run: Run) -> None:
     undisturbed = read_checkpoint(Path("lightning_logs/version_1/checkpoints/last.ckpt"))
     for name, value in read_checkpoint(folder / "last.ckpt")["state_dict"].items():
         assert torch.equal(value, undisturbed["state_dict"][name])
+
+
+def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) -> None:
+    """Which a worse epoch must not replace."""
+    checkpoints = Path(shutil.copytree(digits_run.folder, "moved")) / "checkpoints"
+    last = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    state = last["callbacks"]["EpochCheckpoint best"]
+    state["best_model_score"] = state["kth_value"] = torch.tensor(1.0)  # not to be beaten
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(1.0))
+    torch.save(last, checkpoints / "last.ckpt")
+    before = (checkpoints / "best.ckpt").read_bytes()
+    resumed = run("fit", "--ckpt=moved/checkpoints/last.ckpt", "--trainer.max_epochs=4")
+    assert resumed.code == 0, resumed.err
+    assert (checkpoints / "best.ckpt").read_bytes() == before
+    assert "moved/checkpoints/best.ckpt (val/acc 1.0000)" in resumed.out
+
+
+def test_changed_scheduler_is_refused(digits_run: DigitsRun) -> None:
+    checkpoint = read_checkpoint(digits_run.best.with_name("last.ckpt"))
+    for scheduler in (None, {"class_path": "torch.optim.lr_scheduler.ExponentialLR"}):
+        config = fit_config() | {"model": {"lr_scheduler": scheduler}}
+        with pytest.raises(ValueError, match=r"model\.lr_scheduler is .*, but the checkpoint"):
+            check_resume(config, checkpoint)
 
 
 def test_two_checkpoints_may_save_as_often() -> None:

@@ -119,15 +119,31 @@ def test_changed_data_options_are_reported(run: Run, digits_run: DigitsRun) -> N
     assert 'Note: data.augmentation is "pad", and was "zoom" so far in this run' in outcome.out
 
 
-def test_without_validation_the_last_is_the_best(run: Run) -> None:
+def test_without_validation_the_last_is_tested(run: Run) -> None:
     outcome = run("fit", *SMALL_DIGITS, "--data.val_size=0", "--trainer.max_epochs=2")
     assert outcome.code == 0, outcome.err
     assert "val/" not in outcome.out
-    best, last = (
-        read_checkpoint(Path(f"lightning_logs/version_0/checkpoints/{name}.ckpt"))
-        for name in ("best", "last")
-    )
-    assert best["epoch"] == last["epoch"] == 1
+    folder = Path("lightning_logs/version_0/checkpoints")
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    tested = run("test", "--ckpt")
+    assert tested.code == 0, tested.err
+    assert json.loads((folder / "test.json").read_text())["checkpoint"].endswith("last.ckpt")
+
+
+def test_checkpoint_in_a_configuration_is_refused(run: Run) -> None:
+    Path("c.yaml").write_text("ckpt: last")
+    assert "ckpt must be given on the command line" in error_of(run("fit", "--config=c.yaml"))
+
+
+def test_bug_while_objects_are_made_keeps_its_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*args: Any) -> None:
+        raise NameError("undefined")
+
+    monkeypatch.setattr("resnet_module.make_shortcut", bug)
+    with pytest.raises(NameError, match="undefined"):
+        run("fit", *SMALL_DIGITS)
 
 
 @pytest.mark.parametrize(
