@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +20,12 @@ from torch.export import Dim, ExportedProgram
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
 from cifar_resnet.checkpoint import find_checkpoint, give_scaling, read_checkpoint
+from cifar_resnet.errors import ScriptParser
 from resnet_module import ResNetModule
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 COMPARED = 100  # random images on which the file and PyTorch must agree
 TOLERANCE = 1e-3  # of a probability: beyond it the file computes something else
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, with one line for an error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 class Classifier(nn.Module):
@@ -52,7 +45,7 @@ class Classifier(nn.Module):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Writes the file."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=model_path, required=True, help="a .onnx or .pt2 file")
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")

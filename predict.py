@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +19,16 @@ from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
 from cifar_resnet.checkpoint import atomic_write, find_checkpoint, give_scaling, read_checkpoint
 from cifar_resnet.datasets import image_files, read_square
+from cifar_resnet.errors import ScriptParser
 from cifar_resnet.report import to_csv, to_json
 from resnet_module import ResNetModule
 
 FORMATS = {".csv": to_csv, ".json": to_json}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, with one line for an error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Prints and writes the predictions; returns 1 if a file could not be read, else 0."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
     parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")

@@ -10,14 +10,13 @@ later on the command line overrides what stands before it.
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -59,6 +58,7 @@ from cifar_resnet.checkpoint import (
     read_checkpoint,
 )
 from cifar_resnet.datasets import LabelledImages
+from cifar_resnet.errors import fail, one_line_errors
 from cifar_resnet.report import PredictionCollector, prediction_rows, to_csv, write_report
 from resnet_module import ResNet, ResNetModule
 
@@ -300,23 +300,6 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
         features = torch.cpu.get_capabilities()
         bf16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return "bf16-mixed" if bf16 else "32-true"
-
-
-@contextlib.contextmanager
-def one_line_errors(exit_code: int, *kinds: type[Exception]) -> Iterator[None]:
-    """Ends the command with one line for an error of these kinds; others are bugs."""
-    try:
-        yield
-    except (NameError, AttributeError):
-        raise  # a bug of the code, whatever it was doing
-    except kinds as error:
-        fail(str(error) or type(error).__name__, exit_code)
-
-
-def fail(message: str, exit_code: int) -> NoReturn:
-    """Ends the command with one line on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
 
 
 def silence_lightning() -> None:
