@@ -82,7 +82,7 @@ class CIFARDataModule(LightningDataModule):
             random, `none` leaves it as it is.
         flip: Mirror training images left to right, each with probability 1/2.
         cutout: Side, in pixels, of a square of the training images' mean colour that hides a part
-            of each training image (DeVries and Taylor 2017). 0 hides nothing.
+            of each training image (DeVries and Taylor 2017), 0 to `image_size`. 0 hides nothing.
         evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
@@ -110,6 +110,8 @@ class CIFARDataModule(LightningDataModule):
         urls: list[str] | None = None,
     ) -> None:
         super().__init__()
+        if cutout > image_size:
+            raise ValueError(f"cutout is {cutout}: at most image_size, {image_size}, makes sense")
         self.save_hyperparameters(ignore=["urls"], logger=False)
         self.root = Path(root).expanduser()
         self.urls = urls or []
@@ -161,10 +163,12 @@ class CIFARDataModule(LightningDataModule):
     def _load(self, train: bool) -> LabelledImages:
         data: LabelledImages = self._dataset.load(self.root, train)
         self.class_names = data.class_names
-        pixels = data.images.permute(0, 2, 3, 1).contiguous()
-        content = [part.numpy().data for part in (pixels, data.labels)]
-        self.checksum = f"sha256:{hashlib.sha256(b''.join(content)).hexdigest()}"
-        return data._replace(images=resize(data.images, self.hparams["image_size"]))
+        content = hashlib.sha256()
+        for part in (data.images.permute(0, 2, 3, 1), data.labels):
+            content.update(part.flatten().numpy().data)
+        self.checksum = f"sha256:{content.hexdigest()}"
+        images = resize(data.images, self.hparams["image_size"])
+        return LabelledImages(images, data.labels, data.class_names)
 
     def _augmentations(self) -> list[Augmentation]:
         """What each training image goes through, in this order."""

@@ -143,11 +143,10 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Sets the defaults that depend on the hardware; refuses impossible options."""
         config = self.config[self.subcommand]
-        with one_line_errors(2, ValueError):
-            if config.ckpt and self.path is None:
-                raise ValueError("ckpt must be given on the command line, not in a configuration")
-        config.ckpt = None  # a saved configuration starts a new run
         config.data.seed = int(config.seed_everything)  # `true` has become Lightning's choice
+        with one_line_errors(2, Exception):
+            self.check(config)
+        config.ckpt = None  # a saved configuration starts a new run
         if config.trainer.precision is None and not config.trainer.plugins:
             config.trainer.precision = native_precision(config.trainer.accelerator)
             print_once(
@@ -155,11 +154,11 @@ class CLI(LightningCLI):
             )
         if config.trainer.accelerator == "auto" and not GPU_FOUND:
             print_once("No GPU found: running on the CPU")
-        with one_line_errors(2, Exception):
-            self.check(config)
 
     def check(self, config: Any) -> None:
         """Refuses impossible options before anything is made or written."""
+        if config.ckpt and self.path is None:
+            raise ValueError("ckpt must be given on the command line, not in a configuration")
         if config.mirror and self.subcommand not in ("test", "validate"):
             raise ValueError("mirror is an option of test and validate")
         if self.subcommand == "validate" and config.data.val_size == 0:

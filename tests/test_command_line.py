@@ -155,6 +155,7 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("fit --model.input_mean [0,0,0]", "input_mean and input_std belong together"),
         ("fit --data.batch_size -1", 'Parser key "data.batch_size"'),
         ("fit --data.cutout -1", 'Parser key "data.cutout"'),
+        ("fit --data.cutout 33", "cutout is 33: at most image_size, 32"),
         ("fit --data.bach_size 3", "unrecognized arguments: --data.bach_size"),
         ("fit --data.dataset cifar11", "dataset is 'cifar11': choose cifar10, cifar100, digits"),
         ("fit --model.optimizer Adem", 'Parser key "model.optimizer"'),
