@@ -21,25 +21,29 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.callbacks import (
+    CurrentPatience,
     CycleLengthCheck,
     EpochSummary,
     NetworkSummary,
     ResumeHint,
-    RunMetadata,
     TensorBoardImages,
     TerminateOnNaN,
     Throughput,
-    describe_run,
     print_once,
     relative,
 )
@@ -60,6 +64,7 @@ from cifar_resnet.checkpoint import (
 from cifar_resnet.datasets import LabelledImages
 from cifar_resnet.errors import fail, one_line_errors
 from cifar_resnet.report import PredictionCollector, prediction_rows, to_csv, write_report
+from cifar_resnet.run import RunFolder, describe_run
 from resnet_module import ResNet, ResNetModule
 
 LOGS = "lightning_logs"
@@ -134,7 +139,7 @@ class CLI(LightningCLI):
         self.checkpoint = read_checkpoint(self.path)
         print_once(f"Checkpoint: {relative(self.path)}")
         run = self.path.absolute().parent.parent
-        if command == "fit" and (run / "config.yaml").is_file():
+        if command == "fit" and (run / "run.json").is_file():
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = run if self.path.name == "last.ckpt" else None
             return [command, f"--config={run / 'config.yaml'}", *args[1:]]
@@ -194,12 +199,16 @@ class CLI(LightningCLI):
         config, options = self.config[self.subcommand], self.config_init[self.subcommand]
         if config.data.val_size == 0:
             kwargs["limit_val_batches"] = 0
-        if self.subcommand != "fit" or config.trainer.logger is False:
-            self.save_config_callback = None  # there is no folder for it
-        if config.trainer.logger in (None, True):
-            root = Path(config.trainer.default_root_dir or "")
-            kwargs["logger"] = self.subcommand == "fit" and self.make_logger(root)
+        default_logger = config.trainer.logger in (None, True)
+        if default_logger:
+            kwargs["logger"] = False  # RunFolder's
         callbacks = as_list(options.trainer.callbacks)
+        for callback in callbacks:
+            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+                raise ValueError(
+                    f"{type(callback).__name__} would train with what config.yaml does not name: "
+                    "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
+                )
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.trainer.enable_progress_bar is None and not own_bar:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()  # not in a log file
@@ -207,7 +216,9 @@ class CLI(LightningCLI):
                 callbacks.append(TQDMProgressBar(refresh_rate=10))
         if self.subcommand != "fit":
             callbacks.append(self.collector)
-        elif config.trainer.enable_model_summary is not False:
+        elif not config.trainer.fast_dev_run:
+            callbacks.insert(0, self.make_run_folder(default_logger))
+        if self.subcommand == "fit" and config.trainer.enable_model_summary is not False:
             callbacks.append(NetworkSummary(max_depth=2))
             kwargs["enable_model_summary"] = False  # Lightning's own
         plugins = [*as_list(options.trainer.plugins), AtomicCheckpointIO()]
@@ -216,18 +227,12 @@ class CLI(LightningCLI):
             plugins.append(SLURMEnvironment(auto_requeue=False))
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
-    def make_logger(self, root: Path) -> TensorBoardLogger:
-        """TensorBoard's in a folder of its own, or in that of the run that is resumed."""
-        run = self.run
-        return TensorBoardLogger(
-            # Absolute, for ModelCheckpoint forgets its best score when its folder changes.
-            run.parents[1] if run else root.absolute(),
-            name=run.parent.name if run else LOGS,
-            version=run.name if run else None,
-            default_hp_metric=False,
-            # Epochs that are trained once more replace those that a killed run has logged.
-            purge_step=completed_epochs(self.checkpoint) + 1 if run else None,
-        )
+    def make_run_folder(self, tensorboard: bool) -> RunFolder:
+        """The folder of a new run, or of the one that is resumed."""
+        options = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
+        logs = Path(options["trainer"]["default_root_dir"] or "", LOGS)
+        epochs = completed_epochs(self.checkpoint) if self.run else 0
+        return RunFolder(logs, options, tensorboard, self.run, epochs)
 
     def fit(self, model: ResNetModule, datamodule: CIFARDataModule) -> None:
         self.trainer.fit(model, datamodule, ckpt_path=self.path, weights_only=True)
@@ -311,6 +316,7 @@ def silence_lightning() -> None:
         "could not find the monitored key",  # before the first validation
         "on epoch level in distributed setting",  # the first process's values are logged
         "LeafSpec",  # Lightning 2.6 with newer torch
+        "Unable to serialize instance",  # jsonargparse's: config.yaml leaves it out
         "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
     ):
         warnings.filterwarnings("ignore", f".*{message}")
@@ -328,7 +334,7 @@ def main() -> None:
         CLI(
             ResNetModule,
             CIFARDataModule,
-            save_config_callback=RunMetadata,
+            save_config_callback=None,  # RunFolder saves it
             parser_class=Parser,
             trainer_defaults={
                 "accelerator": "gpu" if GPU_FOUND else "auto",
@@ -338,6 +344,7 @@ def main() -> None:
                     EpochCheckpoint("last"),
                     TerminateOnNaN(),
                     CycleLengthCheck(),
+                    CurrentPatience(),
                     ResumeHint(),
                     Throughput(),
                     EpochSummary(),

@@ -1,21 +1,17 @@
-"""What happens beside training, each concept one callback: checks, summaries, records, pictures.
+"""What happens beside training, each concept one callback: checks, summaries, pictures.
 
 Callbacks get the module and the data from the Trainer; they import neither.
 """
 
 import copy
 import datetime
-import json
 import math
 import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,16 +20,15 @@ import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import ModelSummary, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
-from cifar_resnet.checkpoint import atomic_write
+from cifar_resnet.checkpoint import atomic_write, model_checkpoints
 from cifar_resnet.figures import (
     confusion_figure,
     curves_figure,
@@ -41,7 +36,8 @@ from cifar_resnet.figures import (
     mistakes_figure,
     to_png,
 )
-from cifar_resnet.report import Predictions, to_json
+from cifar_resnet.report import Predictions
+from cifar_resnet.run import effective_batch_size, tensorboard_logger
 
 SHOWN = 40  # images of the augmented batch
 # TensorBoard's custom scalars: what belongs together, in one chart.
@@ -96,6 +92,17 @@ class CycleLengthCheck(Callback):
             if run < cycle:
                 left = cycle - run
                 print_once(f"The run ends {left} {config.interval}s before its rate's cycle does")
+
+
+class CurrentPatience(Callback):
+    """Resumes EarlyStopping with the patience that is given now, instead of the checkpoint's."""
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for callback in trainer.early_stopping_callbacks:
+            if state := checkpoint["callbacks"].get(callback.state_key):
+                state["patience"] = callback.patience
 
 
 class ResumeHint(Callback):
@@ -199,12 +206,14 @@ class EpochSummary(Callback):
             self.print_epoch(trainer, 0)
         if not trainer.is_last_batch:  # Lightning counts this epoch as ended
             print_once(f"The run ended within epoch {trainer.current_epoch}, which is not saved")
+        if trainer.should_stop:
+            print_once(f"The run was ended by {stop_reason(trainer)}")
         best = next((c for c in model_checkpoints(trainer) if c.best_model_path), None)
         if best is not None:
             path, score = relative(Path(best.best_model_path)), best.best_model_score
             reached = "" if score is None else f" ({best.monitor} {score:.4f})"
             print_once(f"Best checkpoint: {path}{reached}")
-            print_once(f"Test it: python train.py test --ckpt {path}")
+            print_once(f"Test it: {shlex.join(['python', sys.argv[0], 'test', '--ckpt', path])}")
 
     def print_epoch(self, trainer: Trainer, epochs_left: int) -> None:
         """Prints what the epoch that has just ended came to."""
@@ -222,63 +231,15 @@ class EpochSummary(Callback):
         self.validated = False
 
 
-class RunMetadata(SaveConfigCallback):
-    """Records a run: its options in config.yaml, each start in run.json, both in TensorBoard.
-
-    At the end TensorBoard's HPARAMS get the options with the best score.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Does nothing: a resume that is refused must not change the records of its run."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log_dir = trainer.log_dir  # all processes have to ask for it
-        if not trainer.is_global_zero or not log_dir:
-            return
-        folder, file = Path(log_dir), Path(log_dir) / "run.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        starts = json.loads(file.read_text()) if file.is_file() else []
-        config = self.parser.dump(self.config, skip_none=False)
-        atomic_write(folder / "config.yaml", config)
-        command = shlex.join(["python", *sys.argv])
-        start = {"command": command, "seed": self.config.get("seed_everything")}
-        atomic_write(file, to_json([*starts, start | describe_run(trainer)]))
-        if isinstance(trainer.logger, TensorBoardLogger):
-            lines = [command, "", "with all its options, as in config.yaml:", ""]
-            text = "".join(f"    {line}\n" for line in [*lines, *config.splitlines()])
-            trainer.logger.experiment.add_text("run", text, trainer.current_epoch)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger):
-            return
-        scores = {
-            f"hp/best_{c.monitor}": c.best_model_score
-            for c in model_checkpoints(trainer)
-            if c.best_model_score is not None
-        }
-        last = {f"hp/{n}": v for n, v in trainer.callback_metrics.items() if n == "train/acc"}
-        if metrics := scores or last:
-            trainer.logger.log_hyperparams(self.options(trainer), metrics)
-            trainer.logger.save()
-
-    def options(self, trainer: Trainer) -> dict[str, Any]:
-        """What runs are compared by; an optimizer or a scheduler is its name."""
-        module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-        # Plain numbers; those of self.config are of jsonargparse's types, which show as text.
-        options = {**data.hparams, **module.hparams}
-        for name in ("root", "eval_batch_size", "num_classes", "_instantiator"):
-            options.pop(name, None)
-        for name in ("optimizer", "lr_scheduler"):
-            chosen = options[name]
-            options[name] = chosen and str(chosen["class_path"]).rsplit(".", 1)[-1]
-        return options | {
-            "lr": trainer.optimizers[0].param_groups[0].get("max_lr")
-            or trainer.optimizers[0].defaults["lr"],
-            "epochs": trainer.max_epochs,
-            "precision": trainer.precision,
-            "effective_batch_size": effective_batch_size(trainer),
-            "seed": self.config.get("seed_everything"),
-        }
+def stop_reason(trainer: Trainer) -> str:
+    """Which callback has ended a run before its last epoch, and why."""
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopped_epoch == trainer.current_epoch - 1:
+            return f"{type(callback).__name__}: {callback.stopping_reason_message}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+            return "trainer.max_time"
+    return "a callback that has set trainer.should_stop"
 
 
 class TensorBoardImages(Callback):
@@ -298,34 +259,34 @@ class TensorBoardImages(Callback):
         self.batch_shown = False
         self.drawn = True  # whether the latest validation is
 
-    def is_active(self, trainer: Trainer) -> bool:
-        return self.every_n_epochs > 0 and isinstance(trainer.logger, TensorBoardLogger)
+    def writer(self, trainer: Trainer) -> SummaryWriter | None:
+        """TensorBoard's, unless the run does without it or without pictures."""
+        logger = tensorboard_logger(trainer)
+        return logger.experiment if logger and self.every_n_epochs else None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        writer = self.writer(trainer)
         # A resumed run has its graph already, and TensorBoard takes one.
-        if self.is_active(trainer) and trainer.is_global_zero and trainer.current_epoch == 0:
-            trainer.logger.experiment.add_custom_scalars(CHARTS)  # type: ignore[union-attr]
-            self.add_graph(trainer, pl_module)
-
-    def add_graph(self, trainer: Trainer, pl_module: Any) -> None:
+        if not writer or not trainer.is_global_zero or trainer.current_epoch > 0:
+            return
+        writer.add_custom_scalars(CHARTS)
         network = copy.deepcopy(pl_module.network).cpu().float().eval()
         side = trainer.datamodule.hparams["image_size"]  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch.jit.trace", FutureWarning)
-            writer = trainer.logger.experiment  # type: ignore[union-attr]
             writer.add_graph(network, torch.zeros(1, 3, side, side))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        if self.batch_shown or not self.is_active(trainer) or not trainer.is_global_zero:
+        writer = self.writer(trainer)
+        if self.batch_shown or not writer or not trainer.is_global_zero:
             return
         self.batch_shown = True
         images, labels = (part[:SHOWN].cpu() for part in batch)
         captions = [pl_module.class_names[label] for label in labels]
         title = f"Training images as the network sees them in epoch {trainer.current_epoch + 1}"
         figure = image_grid((images * 255).round().to(torch.uint8), captions, title)
-        writer = trainer.logger.experiment  # type: ignore[union-attr]
         writer.add_figure("augmented batch", figure, trainer.current_epoch)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,11 +295,12 @@ class TensorBoardImages(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
     ) -> None:
-        if self.is_active(trainer):
+        if self.writer(trainer):
             self.predictions.update(outputs, batch[1])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not self.is_active(trainer) or trainer.sanity_checking:
+        writer = self.writer(trainer)
+        if not writer or trainer.sanity_checking:
             return
         names = pl_module.class_names
         self.probabilities, self.labels = self.predictions.compute()
@@ -348,22 +310,22 @@ class TensorBoardImages(Callback):
         pl_module.log_dict(accuracies, sync_dist=True)
         self.drawn, self.epoch = False, trainer.current_epoch + 1
         if self.epoch % self.every_n_epochs == 0:
-            self.draw(trainer, pl_module)
+            self.draw(writer, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.is_active(trainer) or not trainer.is_global_zero:
+        writer = self.writer(trainer)
+        if not writer or not trainer.is_global_zero:
             return
         if not self.drawn:
-            self.draw(trainer, pl_module)
-        trainer.logger.save()  # type: ignore[union-attr]
-        folder = Path(str(trainer.log_dir))
+            self.draw(writer, trainer, pl_module)
+        writer.flush()
+        folder = Path(writer.log_dir)
         atomic_write(folder / "curves.png", to_png(curves_figure(read_scalars(folder))))
 
     @rank_zero_only
-    def draw(self, trainer: Trainer, pl_module: Any) -> None:
+    def draw(self, writer: SummaryWriter, trainer: Trainer, pl_module: Any) -> None:
         """Draws the latest validation's pictures."""
-        self.drawn = True
-        names, writer = pl_module.class_names, trainer.logger.experiment  # type: ignore[union-attr]
+        self.drawn, names = True, pl_module.class_names
         right = (self.probabilities.argmax(dim=1) == self.labels).float().mean()
         title = f"Validation after epoch {self.epoch}: accuracy {right:.2%}"
         counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
@@ -385,54 +347,6 @@ def read_scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
         name: [(point.step, point.value) for point in events.Scalars(name)]
         for name in events.Tags()["scalars"]
     }
-
-
-def effective_batch_size(trainer: Trainer) -> int:
-    """Training images that an optimizer step takes, all processes together."""
-    batch_size: int = trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
-    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
-
-
-def describe_run(trainer: Trainer) -> dict[str, Any]:
-    """What a figure has to be read with: data, device, precision, versions, commit."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    device = trainer.strategy.root_device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    packages = ("torch", "torchvision", "lightning", "torchmetrics")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "data": {
-            "dataset": data.hparams["dataset"],
-            "checksum": data.checksum,
-            "evaluation": data.evaluation,
-        },
-        "device": gpu or f"{device.type}, {torch.backends.cpu.get_cpu_capability()}",
-        "precision": trainer.precision,
-        "processes": trainer.world_size,
-        "effective_batch_size": effective_batch_size(trainer),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-    }
-
-
-def git_commit() -> dict[str, Any] | None:
-    """The project's commit, and whether files differ from it; None where git can't say."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The callbacks that save checkpoints, those with a metric to monitor first."""
-    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return sorted(found, key=lambda callback: callback.monitor is None)
 
 
 def relative(path: Path) -> str:

@@ -123,6 +123,12 @@ class EpochCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
 
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """The callbacks that save checkpoints, those with a metric to monitor first."""
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return sorted(found, key=lambda callback: callback.monitor is None)
+
+
 def find_checkpoint(name: str, logs: Path) -> Path:
     """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has one.
 
@@ -143,13 +149,15 @@ def find_checkpoint(name: str, logs: Path) -> Path:
             f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
             "--ckpt PATH"
         )
-    newest = max(found, key=lambda path: (version_number(path), path.stat().st_mtime)).parent
+    newest = max(
+        found, key=lambda path: (version_number(path.parents[1]), path.stat().st_mtime)
+    ).parent
     return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
 
 
-def version_number(checkpoint: Path) -> int:
-    """N for a checkpoint of the run version_N, -1 for a run of another name."""
-    number = checkpoint.parents[1].name.removeprefix("version_")
+def version_number(run: Path) -> int:
+    """N for the folder version_N of a run, -1 for one of another name."""
+    number = run.name.removeprefix("version_")
     return int(number) if number.isdecimal() else -1
 
 

@@ -1,0 +1,202 @@
+"""A run's folder: claimed for this run alone, and what is recorded there."""
+
+import contextlib
+import datetime
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from cifar_resnet.checkpoint import atomic_write, model_checkpoints, version_number
+from cifar_resnet.report import to_json
+
+
+class RunFolder(Callback):
+    """Gives a run its folder, `version_N`: a new one, or that of the run that is resumed.
+
+    There are its checkpoints, its options (config.yaml), the command, commit and versions of each
+    start (run.json) and TensorBoard's events. Loggers that the user chooses log where they choose.
+
+    Args:
+        logs: Folder of all runs.
+        config: All options of `fit`, as plain data.
+        tensorboard: Whether to log to TensorBoard.
+        resumed: Folder of the run that is resumed.
+        epochs: Number of epochs that it has completed.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        config: dict[str, Any],
+        tensorboard: bool,
+        resumed: Path | None = None,
+        epochs: int = 0,
+    ) -> None:
+        self.logs = logs
+        self.config = without_unwritable(config)
+        self.tensorboard = tensorboard
+        self.resumed = resumed
+        self.epochs = epochs
+        self.claimed: Path | None = None  # until the first epoch: the new folder
+        self.recorded = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.resumed and trainer.is_global_zero:
+            self.claimed = claim_folder(self.logs)
+        folder = trainer.strategy.broadcast(self.resumed or self.claimed)
+        self.folder: Path = folder  # type: ignore[assignment]  # the first process has one
+        for callback in model_checkpoints(trainer):
+            if callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+        if self.tensorboard:
+            trainer.logger = TensorBoardLogger(
+                self.folder.parent,
+                name="",
+                version=self.folder.name,
+                default_hp_metric=False,
+                # Epochs that are trained once more replace those that a killed run has logged.
+                purge_step=self.epochs + 1 if self.resumed else None,
+            )
+
+    # Not on_train_start, where other callbacks may still refuse to train.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not self.recorded:
+            self.record(trainer)
+        self.claimed, self.recorded = None, True
+
+    def record(self, trainer: Trainer) -> None:
+        """Writes the options and this start, in files and in TensorBoard."""
+        file = self.folder / "run.json"
+        starts = json.loads(file.read_text()) if file.is_file() else []
+        config = yaml.safe_dump(self.config, sort_keys=False)
+        atomic_write(self.folder / "config.yaml", config)
+        command = shlex.join(["python", *sys.argv])
+        start = {"command": command, "seed": self.config["seed_everything"]}
+        atomic_write(file, to_json([*starts, start | describe_run(trainer)]))
+        if logger := tensorboard_logger(trainer):
+            lines = [command, "", "with all its options, as in config.yaml:", ""]
+            text = "".join(f"    {line}\n" for line in [*lines, *config.splitlines()])
+            logger.experiment.add_text("run", text, trainer.current_epoch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives TensorBoard's HPARAMS the options with the best score."""
+        scores = {
+            f"hp/best_{c.monitor}": c.best_model_score
+            for c in model_checkpoints(trainer)
+            if c.best_model_score is not None
+        }
+        last = {f"hp/{n}": v for n, v in trainer.callback_metrics.items() if n == "train/acc"}
+        logger, metrics = tensorboard_logger(trainer), scores or last
+        if logger and metrics:
+            logger.log_hyperparams(self.compared_options(trainer), metrics)
+            logger.save()
+
+    def compared_options(self, trainer: Trainer) -> dict[str, Any]:
+        """What runs are compared by; an optimizer or a scheduler is its name."""
+        options = {**self.config["data"], **self.config["model"]}
+        for name in ("root", "urls", "eval_batch_size"):
+            del options[name]
+        for name in ("optimizer", "lr_scheduler"):
+            chosen = options[name]
+            options[name] = chosen and str(chosen["class_path"]).rsplit(".", 1)[-1]
+        optimizer = trainer.optimizers[0]
+        return options | {
+            "lr": optimizer.param_groups[0].get("max_lr") or optimizer.defaults["lr"],
+            "epochs": trainer.max_epochs,
+            "precision": trainer.precision,
+            "effective_batch_size": effective_batch_size(trainer),
+            "seed": self.config["seed_everything"],
+        }
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves nothing behind of a run that was refused before its first epoch."""
+        if self.claimed:
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            trainer.loggers = []
+            shutil.rmtree(self.claimed)
+
+
+def claim_folder(logs: Path) -> Path:
+    """Makes the folder of a new run, `version_N`, N being the first number after all others.
+
+    Of several commands that start at the same moment each gets a folder of its own.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    while True:
+        number = max((version_number(folder) for folder in logs.iterdir()), default=-1) + 1
+        folder = logs.absolute() / f"version_{number}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def without_unwritable(options: Any) -> Any:
+    """Options without those that YAML cannot hold, such as a default that is a torch.device."""
+    if isinstance(options, dict):
+        return {
+            name: without_unwritable(value)
+            for name, value in options.items()
+            if not str(value).startswith("Unable to serialize")
+        }
+    return [without_unwritable(each) for each in options] if isinstance(options, list) else options
+
+
+def tensorboard_logger(trainer: Trainer) -> TensorBoardLogger | None:
+    """The run's TensorBoard logger, if it has one."""
+    return next((each for each in trainer.loggers if isinstance(each, TensorBoardLogger)), None)
+
+
+def effective_batch_size(trainer: Trainer) -> int:
+    """Training images that an optimizer step takes, all processes together."""
+    batch_size: int = trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
+    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def describe_run(trainer: Trainer) -> dict[str, Any]:
+    """What a figure has to be read with: data, device, precision, versions, commit."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    device = trainer.strategy.root_device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("torch", "torchvision", "lightning", "torchmetrics")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "data": {
+            "dataset": data.hparams["dataset"],
+            "checksum": data.checksum,
+            "evaluation": data.evaluation,
+        },
+        "device": gpu or f"{device.type}, {torch.backends.cpu.get_cpu_capability()}",
+        "precision": trainer.precision,
+        "processes": trainer.world_size,
+        "effective_batch_size": effective_batch_size(trainer),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+    }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """The project's commit, and whether files differ from it; None where git can't say."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
