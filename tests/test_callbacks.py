@@ -1,19 +1,15 @@
-"""What happens beside training: checks, summaries, records, and when pictures are drawn."""
+"""What happens beside training: checks, summaries, and when pictures are drawn."""
 
-import json
 import math
 import re
-import shlex
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import TINY, DigitsRun, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -273,46 +269,6 @@ def test_time_left_follows_from_the_epochs_since_the_resume(
     assert [line[0] for line in lines] == epochs
     left = ["0:00:04 left", "50 images/s", "0:00:08 left", "0:00:04 left", "50 images/s"]
     assert [line[-1] for line in lines] == left
-
-
-# Records
-
-
-def test_config_repeats_its_run(run: Run, small: list[str]) -> None:
-    small = [*small, "--trainer.max_epochs=1", "--seed_everything=7"]
-    for options in (small, [f"--config={RUN / 'config.yaml'}"]):
-        assert run("fit", *options).code == 0
-    again = RUN.with_name("version_1")
-    first, second = (yaml.safe_load((f / "config.yaml").read_text()) for f in (RUN, again))
-    assert first == second
-    assert first["seed_everything"] == 7
-    assert read_scalars(RUN)["train/loss"] == read_scalars(again)["train/loss"]
-
-
-def test_each_start_of_a_run_is_recorded(run: Run, small: list[str]) -> None:
-    assert run("fit", *small, "--trainer.max_epochs=1").code == 0
-    more = ["--trainer.max_epochs=2", "--data.batch_size=50"]
-    assert run("fit", "--ckpt", "last", *more).code == 0
-    first, second = json.loads((RUN / "run.json").read_text())
-    for start, options in ((first, [*small, "--trainer.max_epochs=1"]), (second, more)):
-        assert start["command"].startswith("python train.py fit ")
-        assert start["command"].endswith(shlex.join(options))
-        assert start["seed"] == 0
-        assert start["versions"]["torch"] == version("torch")
-    assert [start["effective_batch_size"] for start in (first, second)] == [64, 50]
-    assert first["data"] == second["data"]
-    assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
-
-
-def test_refused_resume_changes_no_record(run: Run, small: list[str]) -> None:
-    cycle = [f"--model.lr_scheduler{o}" for o in ("=OneCycleLR", ".max_lr=0.1", ".total_steps=1")]
-    assert run("fit", *small, *cycle, "--trainer.max_epochs=1").code == 0
-    files = [RUN / "config.yaml", RUN / "run.json", RUN / "checkpoints/last.ckpt"]
-    before = [file.read_bytes() for file in files]
-    outcome = run("fit", "--ckpt", "last", "--trainer.max_epochs=2")
-    assert outcome.code == 1
-    assert "error: the run takes 2 epochs, but its learning rate's cycle has only 1" in outcome.err
-    assert [file.read_bytes() for file in files] == before
 
 
 # Pictures

@@ -1,0 +1,202 @@
+"""A run's folder: its own, whatever else starts or logs there, and what is recorded in it."""
+
+import json
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL_DIGITS, TINY, Run, Start
+from lightning.pytorch import Callback, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar_resnet.callbacks import read_scalars
+from cifar_resnet.checkpoint import read_checkpoint
+from cifar_resnet.run import claim_folder
+
+LOGS = Path("lightning_logs")
+RUN = LOGS / "version_0"
+TRAIN = Path(__file__).absolute().parents[1] / "train.py"
+
+
+@pytest.fixture
+def small(cifar10: Path) -> list[str]:
+    """Options of a run whose epochs have 64 + 64 + 64 + 8 images."""
+    return [f"--data.root={cifar10}", "--data.val_size=50", "--data.batch_size=64", *TINY]
+
+
+# The folder
+
+
+def test_each_of_many_starts_claims_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "version_7").mkdir()
+    (tmp_path / "mine").mkdir()
+    with ThreadPoolExecutor(16) as pool:
+        folders = list(pool.map(claim_folder, [tmp_path] * 64))
+    assert {folder.name for folder in folders} == {f"version_{n}" for n in range(8, 72)}
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_keep_all_their_files(start: Start, tmp_path: Path) -> None:
+    options = [*SMALL_DIGITS, "--trainer.max_epochs=1", "--pictures.every_n_epochs=0"]
+    started = [start("fit", *options, f"--seed_everything={seed}") for seed in range(3)]
+    assert [each.wait() for each in started] == [0, 0, 0]
+    configs = [yaml.safe_load(f.read_text()) for f in tmp_path.glob("lightning_logs/*/config.yaml")]
+    assert sorted(config["seed_everything"] for config in configs) == [0, 1, 2]
+    assert len(list(tmp_path.glob("lightning_logs/*/checkpoints/last.ckpt"))) == 3
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [
+        ["--trainer.logger=false"],
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."],
+        ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=elsewhere"],
+        [f"--trainer.logger{o}" for o in ("+=CSVLogger", ".save_dir=csv")]
+        + [f"--trainer.logger{o}" for o in ("+=TensorBoardLogger", ".save_dir=elsewhere")],
+    ],
+    ids=["none", "csv", "tensorboard", "two"],
+)
+def test_resumed_run_keeps_folder_and_best_with_any_logger(
+    logger: list[str], run: Run, small: list[str]
+) -> None:
+    options = [*small, "--trainer.max_epochs=1", "--model.optimizer.lr=0", *logger]
+    assert run("fit", *options).code == 0
+    (claimed,) = LOGS.glob("*/run.json")
+    best = claimed.parent / "checkpoints" / "best.ckpt"
+    content = best.read_bytes()
+    # Weights that do not change have the same accuracy, which is no better.
+    assert run("fit", "--ckpt=last", "--trainer.max_epochs=2").code == 0
+    assert list(LOGS.glob("*/run.json")) == [claimed]
+    assert len(json.loads(claimed.read_text())) == 2
+    assert best.read_bytes() == content
+    assert read_checkpoint(best.with_name("last.ckpt"))["epoch"] == 1
+    assert f"Checkpoint: {best}\n" in run("test", "--ckpt").out
+
+
+def test_two_runs_without_a_logger_have_two_folders(run: Run, small: list[str]) -> None:
+    for _ in range(2):
+        outcome = run("fit", *small, "--trainer.max_epochs=1", "--trainer.logger=false")
+        assert outcome.code == 0
+    saved = {str(path) for path in Path().rglob("last.ckpt")}
+    assert saved == {f"lightning_logs/version_{n}/checkpoints/last.ckpt" for n in range(2)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data.val_size=999"],  # found when the data are loaded
+        [f"--model.lr_scheduler{o}" for o in ("=OneCycleLR", ".max_lr=0.1", ".total_steps=1")],
+        ["--trainer.callbacks=LearningRateFinder"],
+        ["--trainer.callbacks=BatchSizeFinder"],
+    ],
+    ids=["data", "cycle", "rate finder", "batch finder"],
+)
+def test_refused_run_leaves_no_folder(options: list[str], run: Run, small: list[str]) -> None:
+    outcome = run("fit", *small, *options, "--trainer.max_epochs=2")
+    assert outcome.code in (1, 2)
+    assert outcome.err.count("error: ") == 1
+    assert "Traceback" not in outcome.err
+    assert not list(LOGS.glob("*"))
+
+
+class StopInEpoch2(Callback):
+    """Ends a run after the second batch of its second epoch; wants a logger, as some do."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        assert trainer.loggers
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.should_stop or (trainer.current_epoch, batch_idx) == (1, 1)
+
+
+def test_run_that_a_callback_ends_within_an_epoch_resumes(run: Run, small: list[str]) -> None:
+    small = [*small, "--trainer.max_epochs=3"]
+    stopped = run("fit", *small, "--trainer.callbacks=test_run.StopInEpoch2")
+    assert stopped.code == 0
+    assert "The run ended within epoch 2, which is not saved" in stopped.out
+    assert "The run was ended by a callback that has set trainer.should_stop" in stopped.out
+    for name in ("best", "last"):
+        assert read_checkpoint(RUN / f"checkpoints/{name}.ckpt")["epoch"] == 0
+    assert run("fit", "--ckpt=last", "--trainer.callbacks=null").code == 0
+    assert run("fit", *small).code == 0
+    resumed, undisturbed = (LOGS / f"version_{n}" for n in (0, 1))
+    assert read_scalars(resumed)["train/loss"] == read_scalars(undisturbed)["train/loss"]
+    one, other = (read_checkpoint(r / "checkpoints/last.ckpt") for r in (resumed, undisturbed))
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name])
+
+
+def test_early_stopping_resumes_with_the_patience_given_now(run: Run, small: list[str]) -> None:
+    stopping = [f"--trainer.callbacks{o}" for o in ("=EarlyStopping", ".monitor=train/loss")]
+    stopping += ["--trainer.callbacks.min_delta=99", "--trainer.callbacks.patience=1"]
+    stopped = run("fit", *small, "--trainer.max_epochs=9", *stopping)
+    reason = "The run was ended by EarlyStopping: Monitored metric train/loss did not improve"
+    assert reason in stopped.out
+    assert len(read_scalars(RUN)["train/loss"]) == 2
+    resumed = run("fit", "--ckpt=last", "--trainer.callbacks.patience=3")
+    assert reason in resumed.out
+    assert len(read_scalars(RUN)["train/loss"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_spawned_and_forked_processes_share_a_folder(strategy: str, tmp_path: Path) -> None:
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    options = [*SMALL_DIGITS, *devices, "--trainer.max_epochs=1"]
+    subprocess.run([sys.executable, TRAIN, "fit", *options], cwd=tmp_path, check=True)
+    (folder,) = (tmp_path / LOGS).iterdir()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    events = EventAccumulator(str(folder)).Reload()
+    assert "hp/best_val/acc" in events.Tags()["scalars"]
+
+
+# Its records
+
+
+def test_config_repeats_its_run(run: Run, small: list[str]) -> None:
+    # One of this callback's defaults, a torch.device, cannot be written.
+    averaging = ["--trainer.callbacks=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"]
+    small = [*small, "--trainer.max_epochs=2", "--seed_everything=7", *averaging]
+    for options in (small, [f"--config={RUN / 'config.yaml'}"]):
+        assert run("fit", *options).code == 0
+    again = RUN.with_name("version_1")
+    first, second = (yaml.safe_load((f / "config.yaml").read_text()) for f in (RUN, again))
+    assert first == second
+    assert "Unable to serialize" not in str(first)
+    assert first["seed_everything"] == 7
+    assert read_scalars(RUN)["train/loss"] == read_scalars(again)["train/loss"]
+
+
+def test_each_start_of_a_run_is_recorded(run: Run, small: list[str]) -> None:
+    assert run("fit", *small, "--trainer.max_epochs=1").code == 0
+    more = ["--trainer.max_epochs=2", "--data.batch_size=50"]
+    assert run("fit", "--ckpt", "last", *more).code == 0
+    first, second = json.loads((RUN / "run.json").read_text())
+    for start, options in ((first, [*small, "--trainer.max_epochs=1"]), (second, more)):
+        assert start["command"].startswith("python train.py fit ")
+        assert start["command"].endswith(shlex.join(options))
+        assert start["seed"] == 0
+        assert start["versions"]["torch"] == version("torch")
+    assert [start["effective_batch_size"] for start in (first, second)] == [64, 50]
+    assert first["data"] == second["data"]
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+def test_refused_resume_changes_no_record(run: Run, small: list[str]) -> None:
+    cycle = [f"--model.lr_scheduler{o}" for o in ("=OneCycleLR", ".max_lr=0.1", ".total_steps=1")]
+    assert run("fit", *small, *cycle, "--trainer.max_epochs=1").code == 0
+    files = [RUN / "config.yaml", RUN / "run.json", RUN / "checkpoints/last.ckpt"]
+    before = [file.read_bytes() for file in files]
+    outcome = run("fit", "--ckpt", "last", "--trainer.max_epochs=2")
+    assert outcome.code == 1
+    assert "error: the run takes 2 epochs, but its learning rate's cycle has only 1" in outcome.err
+    assert [file.read_bytes() for file in files] == before
