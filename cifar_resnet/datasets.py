@@ -3,6 +3,7 @@
 To add a data set, write a class that fits the protocol `DataSet` and add a line to `DATASETS`.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pooch
@@ -20,8 +21,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity
 
 from cifar_resnet.augment import resize
@@ -53,6 +54,15 @@ class DataSet(Protocol):
 
     def load(self, root: Path, train: bool) -> LabelledImages:
         """Reads the training images, or else the test images."""
+        ...
+
+
+@runtime_checkable
+class HasValidation(Protocol):
+    """What a data set with validation images of its own has besides."""
+
+    def load_val(self, root: Path) -> LabelledImages | None:
+        """Reads the validation images, of the training images' size; None if there are none."""
         ...
 
 
@@ -194,7 +204,9 @@ class Digits:
 
 @dataclass(frozen=True)
 class ImageFolderDataset:
-    """Image files in folders `train/<class>/` and `test/<class>/`.
+    """Image files in folders `train/<class>/`, `test/<class>/` and, if it is there, `val/<class>/`.
+
+    Files and folders whose names begin with a dot are left out, at every level.
 
     Args:
         folder: Where `train` and `test` are.
@@ -209,8 +221,14 @@ class ImageFolderDataset:
         return len(self._class_names())
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
-        """Checks that train and test have the same classes, at least two."""
-        self._class_names()
+        """Checks that all parts have images of the same classes, at least two.
+
+        Raises:
+            FileNotFoundError: If a folder is missing, or a class has no images in one of them.
+            MisconfigurationException: If the classes differ, or there is only one.
+        """
+        for part in self._parts():
+            self._samples(part)
 
     def load(self, root: Path, train: bool) -> LabelledImages:
         """Reads the images in torchvision's order.
@@ -219,29 +237,63 @@ class ImageFolderDataset:
             FileNotFoundError: If a class has no images.
             MisconfigurationException: If a file cannot be read; names the first.
         """
-        names = self._class_names()
-        part = self.folder / ("train" if train else "test")
-        data = ImageFolder(part, is_valid_file=lambda file: is_image(Path(file).relative_to(part)))
-        files, labels = zip(*data.samples, strict=True)
+        return self._read("train" if train else "test")
+
+    def load_val(self, root: Path) -> LabelledImages | None:
+        """Reads the images in `val`, as `load` does; None if there is no such folder."""
+        return self._read("val") if "val" in self._parts() else None
+
+    def _read(self, part: str) -> LabelledImages:
+        files, labels = zip(*self._samples(part), strict=True)
         try:
             with ThreadPoolExecutor() as pool:
                 images = list(pool.map(lambda file: read_square(file, self.image_size), files))
         except ValueError as error:
             raise MisconfigurationException(f"{error}: replace or remove it") from error
-        return LabelledImages(torch.stack(images), torch.tensor(labels), names)
+        return LabelledImages(torch.stack(images), torch.tensor(labels), self._class_names())
+
+    def _samples(self, part: str) -> list[tuple[str, int]]:
+        """The image files of a part, each with its label."""
+        folder = self.folder / part
+        labels = {name: label for label, name in enumerate(self._class_names())}
+        try:
+            return make_dataset(
+                folder,
+                labels,
+                is_valid_file=lambda file: is_image(Path(file).relative_to(folder)),
+            )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder}: {error}") from error
 
     def _class_names(self) -> list[str]:
-        train, test = (find_classes(self.folder / part)[0] for part in ("train", "test"))
-        if different := sorted(set(train) ^ set(test)):
+        classes = {
+            part: [name for name in find_classes(self.folder / part)[0] if name[0] != "."]
+            for part in self._parts()
+        }
+        names = classes["train"]
+        for part, others in classes.items():
+            if different := sorted(set(names) ^ set(others)):
+                raise MisconfigurationException(
+                    f"{self.folder} must have the same classes in train/ and {part}/, "
+                    f"but only one of them has {', '.join(different)}"
+                )
+        if len(names) < 2:
             raise MisconfigurationException(
-                f"{self.folder} must have the same classes in train/ and test/, "
-                f"but only one of them has {', '.join(different)}"
+                f"{self.folder} has the classes {names}: a classifier needs at least two"
             )
-        if len(train) < 2:
-            raise MisconfigurationException(
-                f"{self.folder} has only the class {train[0]}: a classifier needs two"
-            )
-        return train
+        return names
+
+    def _parts(self) -> list[str]:
+        parts = ["train", "test"]
+        if os.path.lexists(self.folder / "val"):  # a broken link is an error, too
+            parts.append("val")
+        for path in (self.folder / part for part in parts):
+            if not path.is_dir():
+                raise FileNotFoundError(
+                    f"dataset is {str(self.folder)!r}, but there is no folder {path}: "
+                    f"put images into {path}/<class>/"
+                )
+        return parts
 
 
 DATASETS: dict[str, DataSet] = {
@@ -268,7 +320,7 @@ def find_dataset(name: str, image_size: int) -> DataSet:
     if name in DATASETS:
         return DATASETS[name]
     folder = Path(name).expanduser()
-    if not (folder / "train").is_dir():
+    if not folder.is_dir():
         raise ValueError(
             f"dataset is {name!r}: choose {', '.join(DATASETS)}, "
             "or a folder with images in train/<class>/ and test/<class>/"

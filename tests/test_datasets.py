@@ -33,6 +33,7 @@ from cifar_resnet.datasets import (
     DataSet,
     Digits,
     ImageFolderDataset,
+    LabelledImages,
     find_dataset,
     image_files,
     read_image,
@@ -344,9 +345,9 @@ def pets(tmp_path: Path) -> Path:
 
 def test_folder_is_read_in_order_of_image_folder(pets: Path) -> None:
     expected = ImageFolder(pets / "train").samples
-    (pets / "train/cat/notes.txt").touch()
-    (pets / "train/cat/.hidden").mkdir()
-    (pets / "train/cat/.hidden/0.png").touch()
+    for name in ("cat/notes.txt", "cat/Thumbs.db", "Thumbs.db", "0.png"):
+        (pets / "train" / name).touch()
+    (pets / "train/cat/empty").mkdir()
     data = find_dataset(str(pets), image_size=24)
     data.prepare(Path("unused"), [])
     images, labels, names = data.load(Path("unused"), train=True)
@@ -364,17 +365,127 @@ def test_first_unreadable_file_is_named(pets: Path) -> None:
         ImageFolderDataset(pets, 32).load(Path(), train=False)
 
 
-def test_classes_must_match(pets: Path) -> None:
-    data = ImageFolderDataset(pets, 32)
-    (pets / "test/dog/3.bmp").unlink()
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes dog"):
-        data.load(Path(), train=False)
-    (pets / "test/dog").rmdir()
+def read_part(data: ImageFolderDataset, part: str) -> LabelledImages:
+    found = data.load_val(Path()) if part == "val" else data.load(Path(), train=part == "train")
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def with_val(pets: Path) -> Path:
+    """Validation images as well, other ones than in `test`."""
+    shutil.copytree(pets / "test", pets / "val")
+    Image.fromarray(noise(50, 34)).save(pets / "val/dog/4.png")
+    return pets
+
+
+PARTS = ["train", "test", "val"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_names_that_begin_with_a_dot_are_left_out(with_val: Path, part: str) -> None:
+    above = with_val.parent / ".data"  # only what lies below the folder matters
+    above.mkdir()
+    data = ImageFolderDataset(with_val.rename(above / "pets"), 24)
+    images, labels, names = read_part(data, part)
+    for name in (".cache/0.png", "cat/.cache/0.png", "cat/sub/.cache/a/0.png", "dog/._3.bmp"):
+        path = data.folder / part / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image")
+    data.prepare(Path(), [])
+    assert data.num_classes == 2
+    after = read_part(data, part)
+    assert torch.equal(after.images, images)
+    assert torch.equal(after.labels, labels)
+    assert after.class_names == names
+
+
+def test_val_is_read_if_it_is_there(with_val: Path) -> None:
+    data = ImageFolderDataset(with_val, 24)
+    images, labels, names = read_part(data, "val")
+    expected = ImageFolder(with_val / "val").samples
+    assert labels.tolist() == [label for _, label in expected] == [0, 0, 0, 0, 1, 1]
+    assert torch.equal(images, torch.stack([read_square(path, 24) for path, _ in expected]))
+    assert names == ["cat", "dog"]
+    shutil.rmtree(with_val / "val")
+    assert data.load_val(Path()) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [
+        ("train", "nothing"),
+        ("train", "a file"),
+        ("train", "a broken link"),
+        ("test", "nothing"),
+        ("test", "a file"),
+        ("val", "a file"),
+        ("val", "a broken link"),
+    ],
+)
+def test_missing_folder_is_named(with_val: Path, part: str, instead: str) -> None:
+    folder = with_val / part
+    shutil.rmtree(folder)
+    if instead == "a file":
+        folder.touch()
+    elif instead == "a broken link":
+        folder.symlink_to("nowhere")
+    data = find_dataset(str(with_val), 32)
+    message = f"dataset is '{with_val}', but there is no folder {folder}: put images into {folder}/"
+    with pytest.raises(FileNotFoundError, match=f"^{message}<class>/$"):
+        data.prepare(Path(), [])
+    with pytest.raises(FileNotFoundError, match=message):
+        _ = data.num_classes
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_class_without_images_is_found_before_training(with_val: Path, part: str) -> None:
+    for path in (with_val / part / "dog").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    message = f"^{with_val / part}: Found no valid file for the classes dog. $"
+    data = ImageFolderDataset(with_val, 32)
+    with pytest.raises(FileNotFoundError, match=message):
+        data.prepare(Path(), [])
+    with pytest.raises(FileNotFoundError, match=message):
+        read_part(data, part)
+
+
+def test_links_are_followed(pets: Path, tmp_path: Path) -> None:
+    expected = ImageFolderDataset(pets, 24).load(Path(), train=True)
+    (pets / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/cat").rename(tmp_path / "cats")
+    (tmp_path / "cats/0.png").rename(tmp_path / ".0")
+    (tmp_path / "cats/0.png").symlink_to(tmp_path / ".0")
+    (tmp_path / "elsewhere/cat").symlink_to(tmp_path / "cats")
+    (pets / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(pets)
+    data = ImageFolderDataset(tmp_path / "link", 24)
+    data.prepare(Path(), [])
+    assert torch.equal(data.load(Path(), train=True).images, expected.images)
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_classes_must_match(with_val: Path, part: str) -> None:
+    data = ImageFolderDataset(with_val, 32)
+    shutil.rmtree(with_val / part / "dog")
+    message = f"the same classes in train/ and {part}/, but only one of them has dog"
     for use in (data.prepare, data.load):
-        with pytest.raises(MisconfigurationException, match="but only one of them has dog"):
+        with pytest.raises(MisconfigurationException, match=message):
             use(Path(), True)
-    shutil.rmtree(pets / "train/dog")
-    with pytest.raises(MisconfigurationException, match="only the class cat"):
+
+
+def test_too_few_classes_are_refused(pets: Path) -> None:
+    data = ImageFolderDataset(pets, 32)
+    for part in ("train", "test"):
+        shutil.rmtree(pets / part / "dog")
+    with pytest.raises(MisconfigurationException, match=r"pets has the classes \['cat'\]: a class"):
+        _ = data.num_classes
+    for part in ("train", "test"):
+        (pets / part / "cat").rename(pets / part / ".cat")
+    with pytest.raises(MisconfigurationException, match=r"pets has the classes \[\]: a classifier"):
+        _ = data.num_classes
+    shutil.rmtree(pets / "train/.cat")
+    with pytest.raises(FileNotFoundError, match=r"any class folder in \S+/pets/train\.$"):
         _ = data.num_classes
 
 
