@@ -16,6 +16,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -31,7 +32,7 @@ from cifar_resnet.augment import (
     resize,
 )
 from cifar_resnet.checkpoint import known_options
-from cifar_resnet.datasets import LabelledImages, find_dataset
+from cifar_resnet.datasets import DataSet, HasValidation, LabelledImages, find_dataset
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
@@ -69,12 +70,14 @@ class CIFARDataModule(LightningDataModule):
         root: Folder where the CIFAR archives lie, or are downloaded to.
         dataset: `cifar10`, `cifar100`, `digits` (1,797 handwritten digits that come with
             scikit-learn: nothing to download) or the path of a folder of one's own images,
-            sorted into `train/<class>/` and `test/<class>/`.
+            sorted into `train/<class>/` and `test/<class>/`, and into `val/<class>/` if it has
+            validation images of its own.
         batch_size: Training images per batch, in each process.
         eval_batch_size: Validation and test images per batch, in each process. By default 1,000
             on a GPU, and 100 on a CPU, whose caches hold no more.
         val_size: Training images held out for validation, the same share of each class and the
-            same images for every seed. 0 trains on all images and validates on none.
+            same images for every seed. 0 trains on all training images and validates on none. Any
+            other number has no effect if the data set has validation images of its own.
         image_size: Side of the images in pixels. Images of another size are resized (shorter side)
             and cropped at the centre when they are loaded.
         augmentation: What a training image goes through: `zoom` enlarges it by a quarter and
@@ -92,7 +95,7 @@ class CIFARDataModule(LightningDataModule):
     """
 
     class_names: list[str]
-    checksum: str  # of the images and labels that were loaded last
+    checksum: str  # of the images and labels loaded last: training and validation, or test
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class CIFARDataModule(LightningDataModule):
         return "zoom" if self.hparams["augmentation"] == "zoom" else "native"
 
     @property
-    def _dataset(self) -> Any:
+    def _dataset(self) -> DataSet:
         return find_dataset(self.hparams["dataset"], self.hparams["image_size"])
 
     def prepare_data(self) -> None:
@@ -147,11 +150,10 @@ class CIFARDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Loads into memory what `stage` (fit, validate, test or predict) needs."""
         if stage in ("test", "predict"):
-            data = self._load(train=False)
+            data = self._take(self._dataset.load(self.root, train=False))
             self.test_set = InMemoryDataset(data.images, data.labels)
             return
-        data = self._load(train=True)
-        train, val = split(data.labels, self.hparams["val_size"])
+        data, train, val = self._load_training()
         self.val_set = InMemoryDataset(data.images[val], data.labels[val])
         if stage == "fit":
             images = data.images[train]
@@ -160,8 +162,25 @@ class CIFARDataModule(LightningDataModule):
             self.train_set = InMemoryDataset(canvases, data.labels[train])
             self.augment = Augmenter(self._augmentations(), len(train), self.hparams["seed"])
 
-    def _load(self, train: bool) -> LabelledImages:
-        data: LabelledImages = self._dataset.load(self.root, train)
+    def _load_training(self) -> tuple[LabelledImages, Tensor, Tensor]:
+        """All images but the test's, and the positions of those that train and that validate."""
+        dataset, val_size = self._dataset, self.hparams["val_size"]
+        data = dataset.load(self.root, train=True)
+        own = None
+        if val_size and isinstance(dataset, HasValidation):
+            own = dataset.load_val(self.root)
+        if own is None:
+            return self._take(data), *split(data.labels, val_size)
+        rank_zero_info(
+            f"{self.hparams['dataset']} has {len(own.labels):,} validation images of its own: "
+            "data.val_size has no effect"
+        )
+        images, labels = (torch.cat(pair) for pair in zip(data[:2], own[:2], strict=True))
+        train, val = torch.arange(len(labels)).split([len(data.labels), len(own.labels)])
+        return self._take(LabelledImages(images, labels, data.class_names)), train, val
+
+    def _take(self, data: LabelledImages) -> LabelledImages:
+        """Keeps the classes and the checksum of what was loaded; resizes the images."""
         self.class_names = data.class_names
         content = hashlib.sha256()
         for part in (data.images.permute(0, 2, 3, 1), data.labels):

@@ -1,5 +1,7 @@
 """The data module against torchvision's per-image transforms: nothing lost, repeated or leaked."""
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as tv
 
+import cifar_datamodule
 from cifar_datamodule import CIFARDataModule, channel_statistics
 from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip
+
+COUNTS = {"train": 6, "val": 3, "test": 2}  # images of each class in `pets`
 
 
 class Recorder(LightningModule):
@@ -200,6 +205,73 @@ def test_without_validation_all_images_train(cifar10: Path) -> None:
     seen = fit(CIFARDataModule(str(cifar10), val_size=0)).seen
     assert len(all_of(seen["train"])[0]) == TRAIN_IMAGES
     assert not seen["val"]
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Twelve training, six validation and four test images of noise."""
+    rng = np.random.default_rng(0)
+    for part, count in COUNTS.items():
+        for path in (tmp_path / "pets" / part / name for name in ("cat", "dog")):
+            path.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(path / f"{i}.png")
+    return tmp_path / "pets"
+
+
+def files_of(folder: Path) -> Tensor:
+    return torch.stack([tv.pil_to_tensor(Image.open(path)) for path in sorted(folder.rglob("*.*"))])
+
+
+def test_own_validation_images_replace_the_split(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cifar_datamodule, "rank_zero_info", said.append)
+    data = CIFARDataModule(dataset=str(pets), augmentation="none")
+    seen = fit(data).seen
+    assert said == [f"{pets} has 6 validation images of its own: data.val_size has no effect"]
+    images, labels = all_of(seen["val"])
+    assert torch.equal(images, files_of(pets / "val") / 255)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    natives = files_of(pets / "train")
+    assert torch.equal(data.train_set.images, natives)
+    assert data.train_set.labels.tolist() == [0] * 6 + [1] * 6
+    assert torch.equal(data.channel_statistics()[0], channel_statistics(natives)[0])
+    recorder = Recorder()
+    trainer().validate(recorder, data, verbose=False)
+    assert torch.equal(all_of(recorder.seen["val"])[0], images)
+    assert len(said) == 2
+
+
+def test_without_validation_own_validation_images_are_left_out(
+    pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_datamodule, "rank_zero_info", pytest.fail)
+    (pets / "val/cat/0.png").write_bytes(b"no image")
+    data = CIFARDataModule(dataset=str(pets), val_size=0)
+    assert not fit(data).seen["val"]
+    assert len(data.train_set) == 12
+
+
+def test_checksum_is_of_all_images_but_the_tests_or_of_the_tests(pets: Path) -> None:
+    def checksum(stage: str, val_size: int = 4) -> str:
+        data = CIFARDataModule(dataset=str(pets), val_size=val_size)
+        data.setup(stage)
+        return data.checksum
+
+    def reference(*parts: str) -> str:
+        images = torch.cat([files_of(pets / part) for part in parts]).permute(0, 2, 3, 1)
+        labels = [name for part in parts for name in (0, 1) for _ in range(COUNTS[part])]
+        content = images.numpy().tobytes() + np.array(labels).tobytes()
+        return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+    assert checksum("fit") == checksum("validate") == reference("train", "val")
+    assert checksum("fit", val_size=0) == reference("train")
+    assert checksum("test") == checksum("predict") == reference("test")
+    shutil.rmtree(pets / "val")
+    assert checksum("fit") == checksum("validate") == reference("train")
 
 
 def test_same_seed_same_batches(cifar10: Path) -> None:
