@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
 from cifar_resnet.checkpoint import find_checkpoint, give_scaling, read_checkpoint
-from cifar_resnet.errors import ScriptParser
+from cifar_resnet.messages import ScriptParser
 from resnet_module import ResNetModule
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -19,7 +19,7 @@ from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
 from cifar_resnet.checkpoint import atomic_write, find_checkpoint, give_scaling, read_checkpoint
 from cifar_resnet.datasets import image_files, read_square
-from cifar_resnet.errors import ScriptParser
+from cifar_resnet.messages import ScriptParser
 from cifar_resnet.report import to_csv, to_json
 from resnet_module import ResNetModule
 

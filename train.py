@@ -13,18 +13,16 @@ import argparse
 import hashlib
 import io
 import json
-import logging
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -44,8 +42,6 @@ from cifar_resnet.callbacks import (
     TensorBoardImages,
     TerminateOnNaN,
     Throughput,
-    print_once,
-    relative,
 )
 from cifar_resnet.checkpoint import (
     AtomicCheckpointIO,
@@ -62,26 +58,24 @@ from cifar_resnet.checkpoint import (
     read_checkpoint,
 )
 from cifar_resnet.datasets import LabelledImages
-from cifar_resnet.errors import fail, one_line_errors
+from cifar_resnet.messages import (
+    CommandParser,
+    one_line_errors,
+    print_once,
+    relative,
+    silence_lightning,
+)
 from cifar_resnet.report import PredictionCollector, prediction_rows, to_csv, write_report
 from cifar_resnet.run import RunFolder, describe_run
 from resnet_module import ResNet, ResNetModule
 
 LOGS = "lightning_logs"
+ORDER = "A later option overrides an earlier one, and so does a --config: flags go behind it."
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "best_checkpoint": {"filename": "best", "monitor": "val/acc"},
     "periodic_checkpoint": {"filename": "epoch_{epoch}", "every_n_epochs": 20, "save_top_k": -1},
 }
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's, with its errors in one line and without the usage before them."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse tries whether a value fits one of several types
-            super().error(message, ex)
-        fail(message, 2)
 
 
 class CLI(LightningCLI):
@@ -168,6 +162,9 @@ class CLI(LightningCLI):
             raise ValueError("mirror is an option of test and validate")
         if self.subcommand == "validate" and config.data.val_size == 0:
             raise ValueError("data.val_size is 0: there are no validation images")
+        limit = f"limit_{'val' if self.subcommand == 'validate' else self.subcommand}_batches"
+        if self.subcommand != "fit" and config.trainer[limit] == 0:
+            raise ValueError(f"trainer.{limit} is 0: there is nothing to {self.subcommand}")
         if config.model.compile and self.subcommand == "fit":
             torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
         if self.path is None:
@@ -196,43 +193,39 @@ class CLI(LightningCLI):
                 self.model.class_names = self.checkpoint["class_names"]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config, options = self.config[self.subcommand], self.config_init[self.subcommand]
-        if config.data.val_size == 0:
-            kwargs["limit_val_batches"] = 0
-        default_logger = config.trainer.logger in (None, True)
-        if default_logger:
-            kwargs["logger"] = False  # RunFolder's
-        callbacks = as_list(options.trainer.callbacks)
-        for callback in callbacks:
-            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-                raise ValueError(
-                    f"{type(callback).__name__} would train with what config.yaml does not name: "
-                    "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
-                )
+        config, given = self.config[self.subcommand], self.config_init[self.subcommand].trainer
+        callbacks = [*self.own_callbacks(), *as_list(given.callbacks)]
+        check_callbacks(callbacks)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if config.trainer.enable_progress_bar is None and not own_bar:
+        if given.enable_progress_bar is None and not own_bar:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()  # not in a log file
             if sys.stdout.isatty():
                 callbacks.append(TQDMProgressBar(refresh_rate=10))
-        if self.subcommand != "fit":
-            callbacks.append(self.collector)
-        elif not config.trainer.fast_dev_run:
-            callbacks.insert(0, self.make_run_folder(default_logger))
-        if self.subcommand == "fit" and config.trainer.enable_model_summary is not False:
-            callbacks.append(NetworkSummary(max_depth=2))
-            kwargs["enable_model_summary"] = False  # Lightning's own
-        plugins = [*as_list(options.trainer.plugins), AtomicCheckpointIO()]
+        plugins = [*as_list(given.plugins), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():
             # Lightning would save, and resume from, half an epoch; recipes/slurm.sh requeues.
             plugins.append(SLURMEnvironment(auto_requeue=False))
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = False  # RunFolder makes it
+        if config.data.val_size == 0:
+            kwargs["limit_val_batches"] = 0
+        kwargs["enable_model_summary"] = False  # Lightning's own
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
-    def make_run_folder(self, tensorboard: bool) -> RunFolder:
-        """The folder of a new run, or of the one that is resumed."""
+    def own_callbacks(self) -> list[Callback]:
+        """What a command needs beside the defaults and the callbacks of the user."""
+        if self.subcommand != "fit":
+            return [self.collector]
         options = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
-        logs = Path(options["trainer"]["default_root_dir"] or "", LOGS)
-        epochs = completed_epochs(self.checkpoint) if self.run else 0
-        return RunFolder(logs, options, tensorboard, self.run, epochs)
+        trainer, callbacks = options["trainer"], list[Callback]()
+        if not trainer["fast_dev_run"]:
+            logs = Path(trainer["default_root_dir"] or "", LOGS)
+            epochs = completed_epochs(self.checkpoint) if self.run else 0
+            tensorboard = trainer["logger"] in (None, True)
+            callbacks.append(RunFolder(logs, options, tensorboard, self.run, epochs))
+        if trainer["enable_model_summary"] is not False:
+            callbacks.append(NetworkSummary(max_depth=2))
+        return callbacks
 
     def fit(self, model: ResNetModule, datamodule: CIFARDataModule) -> None:
         self.trainer.fit(model, datamodule, ckpt_path=self.path, weights_only=True)
@@ -271,6 +264,20 @@ class CLI(LightningCLI):
             print(f"Predictions of the test images: {relative(file)}")
 
 
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuses callbacks that change an option.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for callback in callbacks:
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            raise ValueError(
+                f"{type(callback).__name__} would train with what config.yaml does not name: "
+                "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
+            )
+
+
 def as_list(option: Any) -> list[Any]:
     """An option of the Trainer that may be one object, a list or None."""
     return [*option] if isinstance(option, list) else [] if option is None else [option]
@@ -306,24 +313,6 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     return "bf16-mixed" if bf16 else "32-true"
 
 
-def silence_lightning() -> None:
-    """Leaves out, by name, messages of Lightning's that are no news here."""
-    for message in (
-        "does not have many workers",  # the data lies in memory
-        "exists and is not empty",  # a resumed run's folder
-        "dirpath has changed",  # a run that branches off has best checkpoints of its own
-        "not supported by the model summary",  # bf16-mixed
-        "could not find the monitored key",  # before the first validation
-        "on epoch level in distributed setting",  # the first process's values are logged
-        "LeafSpec",  # Lightning 2.6 with newer torch
-        "Unable to serialize instance",  # jsonargparse's: config.yaml leaves it out
-        "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
-    ):
-        warnings.filterwarnings("ignore", f".*{message}")
-    adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    adverts.addFilter(lambda record: "litlogger" not in record.getMessage())
-
-
 def main() -> None:
     """Runs a command: fit, validate, test or predict."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -335,7 +324,8 @@ def main() -> None:
             ResNetModule,
             CIFARDataModule,
             save_config_callback=None,  # RunFolder saves it
-            parser_class=Parser,
+            parser_class=CommandParser,
+            parser_kwargs={name: {"description": ORDER} for name in CLI.subcommands()},
             trainer_defaults={
                 "accelerator": "gpu" if GPU_FOUND else "auto",
                 "max_epochs": 80,

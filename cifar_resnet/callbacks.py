@@ -6,7 +6,6 @@ Callbacks get the module and the data from the Trainer; they import neither.
 import copy
 import datetime
 import math
-import os
 import shlex
 import signal
 import sys
@@ -26,7 +25,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
-from tqdm import tqdm
 
 from cifar_resnet.checkpoint import atomic_write, model_checkpoints
 from cifar_resnet.figures import (
@@ -36,6 +34,7 @@ from cifar_resnet.figures import (
     mistakes_figure,
     to_png,
 )
+from cifar_resnet.messages import print_once, relative
 from cifar_resnet.report import Predictions
 from cifar_resnet.run import effective_batch_size, tensorboard_logger
 
@@ -347,14 +346,3 @@ def read_scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
         name: [(point.step, point.value) for point in events.Scalars(name)]
         for name in events.Tags()["scalars"]
     }
-
-
-def relative(path: Path) -> str:
-    """A path as one would type it here."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-@rank_zero_only
-def print_once(line: str) -> None:
-    """Prints a line, above a progress bar if there is one, in the first of several processes."""
-    tqdm.write(line)
