@@ -7,6 +7,7 @@ github.com/chenyaofo/pytorch-cifar-models (conv1, bn1, ..., fc; option B).
 
 import re
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         content: A state dict, or a mapping that has one under `state_dict`, `net`, `model` or
-            `model_state_dict`, or a single one under any other key.
+            `model_state_dict`, or a single one under any other key. It may be nested once more.
 
     Returns:
         A checkpoint as `read_checkpoint` returns it, with the options that the weights' shapes
@@ -43,7 +44,7 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     state_dict = find_state_dict(content)
     keys = {own_name(key): key for key in state_dict}
-    check_names(keys)
+    check_names(keys, state_dict)
     weights = {name: state_dict[key] for name, key in keys.items()}
     options = infer_options(weights)
     is_foreign = keys["conv.weight"].endswith("conv1.weight")
@@ -64,17 +65,23 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict that `content` is, or has under one of its keys."""
+    """The state dict that `content` is, or has under one of its keys, or of their keys."""
     if is_state_dict(content):
         return {str(key): value for key, value in content.items()}
     found = [key for key, value in content.items() if is_state_dict(value)]
     usual = [key for key in STATE_DICT_KEYS if key in found]
-    if not usual and len(found) != 1:
-        keys = ", ".join(str(key) for key in content) or "none"
+    outer = [
+        key
+        for key, value in content.items()
+        if isinstance(value, Mapping) and any(map(is_state_dict, value.values()))
+    ]
+    chosen = usual[:1] or found or outer
+    if len(chosen) != 1:
+        keys = shorten(", ".join(map(str, content)) or "none", 100, placeholder=" …")
         raise ValueError(
-            f"not a network of this project: it has {len(found)} state dicts; its keys are {keys}"
+            f"not a network of this project: it has {len(chosen)} state dicts; its keys are {keys}"
         )
-    return find_state_dict(content[(usual or found)[0]])
+    return find_state_dict(content[chosen[0]])
 
 
 def is_state_dict(value: Any) -> bool:
@@ -91,17 +98,23 @@ def own_name(key: str) -> str:
     return key
 
 
-def check_names(keys: Mapping[str, str]) -> None:
-    """Refuses a state dict, given as its keys by own names, without a stem or with other layers."""
+def check_names(keys: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses a state dict without a stem, with other layers, or of two networks.
+
+    `keys` are the state dict's keys by this project's names.
+    """
     for name, other in (("conv.weight", "conv1.weight"), ("fc.weight", "linear.weight")):
         if name not in keys:
             raise ValueError(
                 f"not a network of this project: it has no {name} or {other}; its first key is "
                 f"{next(iter(keys.values()))}"
             )
-    for name, key in keys.items():
+    for key in state_dict:
+        name = own_name(key)
         if not KNOWN_NAME.fullmatch(name):
             raise ValueError(f"not a network of this project: it has an unknown {key}")
+        if keys[name] != key:
+            raise ValueError(f"not a network of this project: it has both {key} and {keys[name]}")
 
 
 def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:

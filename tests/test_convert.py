@@ -1,6 +1,7 @@
 """Other projects' networks, transcribed, compute the same after conversion; the rest is refused."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_resnet.checkpoint import read_checkpoint
 from cifar_resnet.convert import convert_state_dict
 from resnet_module import ResNet, ResNetModule
 
 LAYERS = (2, 3, 1)
+ADAM = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1)}}, "param_groups": [{}]}
 
 
 class AkamasterBlock(nn.Module):
@@ -170,16 +173,24 @@ def test_own_networks_are_unchanged(shortcut: str, preactivation: bool) -> None:
         lambda weights: weights,
         lambda weights: {"state_dict": weights, "epoch": 200, "best_prec1": 91.7},
         lambda weights: {"net": weights, "acc": 95.2, "epoch": 199},
-        lambda weights: {"model": weights, "optimizer": {"state": {}, "param_groups": []}},
+        lambda weights: {"model": weights, "optimizer": ADAM},
         lambda weights: {"model_state_dict": weights, "loss": torch.tensor(0.1)},
         lambda weights: {"ema": dict.fromkeys(weights, torch.zeros(1)), "state_dict": weights},
-        lambda weights: {"weights": weights, "args": {"depth": 20}},
+        lambda weights: {"weights": weights, "args": {"depth": 20}, "optimizer": ADAM},
+        lambda weights: {"checkpoint": {"net": weights, "acc": 93.1}, "optimizer": ADAM},
+        lambda weights: {"state_dict": weights, "optimizer_states": [ADAM], "callbacks": {"a": {}}},
     ],
-    ids=["bare", "state_dict", "net", "model", "model_state_dict", "beside another", "other key"],
+    ids=[
+        *("bare", "state_dict", "net", "model", "model_state_dict", "beside another", "other key"),
+        *("nested", "Lightning"),
+    ],
 )
 @pytest.mark.parametrize(
     "prefix",
-    ["", "module.", "_orig_mod.", "model.", "net.", "network.", "module._orig_mod.", "net.module."],
+    [
+        *("", "module.", "_orig_mod.", "model.", "net.", "network."),
+        *("module._orig_mod.", "_orig_mod.module.", "net.module."),
+    ],
 )
 def test_wrappers_and_prefixes_are_removed(
     wrap: Callable[[dict[str, Tensor]], dict[str, Any]], prefix: str
@@ -189,6 +200,41 @@ def test_wrappers_and_prefixes_are_removed(
     found = convert_state_dict(content)["state_dict"]
     assert list(found) == [f"network.{key}" for key in weights]
     assert all(torch.equal(found[f"network.{key}"], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.net.", "network._orig_mod."])
+def test_prefixes_of_published_names_are_removed(prefix: str) -> None:
+    weights = AkamasterNet("A").state_dict()
+    expected = convert_state_dict(weights)
+    found = convert_state_dict({f"{prefix}{key}": value for key, value in weights.items()})
+    values, expected_values = found.pop("state_dict"), expected.pop("state_dict")
+    assert found == expected
+    assert list(values) == list(expected_values)
+    assert all(torch.equal(values[key], value) for key, value in expected_values.items())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda network: torch.compile(network).state_dict(),
+        lambda network: network.compile() or network.state_dict(),
+        lambda network: {**dict(network.named_parameters()), **dict(network.named_buffers())},
+        lambda network: network.half().state_dict(),
+        lambda network: network.bfloat16().state_dict(),
+        lambda network: network.double().state_dict(),
+    ],
+    ids=["torch.compile", "compile()", "parameters", "half", "bfloat16", "double"],
+)
+def test_saved_weights_give_the_networks_logits(
+    tmp_path: Path, weights: Callable[[nn.Module], Mapping[str, Tensor]]
+) -> None:
+    network = randomised(AkamasterNet("B"))
+    torch.save({"net": weights(network), "acc": 93.1}, tmp_path / "net.pth")
+    module = ResNetModule.from_checkpoint(read_checkpoint(tmp_path / "net.pth"))
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = network.float()(images)
+        torch.testing.assert_close(module(images), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_modules_own_state_dict_keeps_its_scaling() -> None:
@@ -232,10 +278,23 @@ def changed(*without: str, **more: Tensor) -> dict[str, Tensor]:
         (changed(layer1__0__conv3__weight=torch.zeros(1)), "an unknown layer1.0.conv3.weight"),
         (changed(conv1__bias=torch.zeros(16)), "it has an unknown conv1.bias"),
         (changed(bn1__weight=torch.zeros(64)), "its preactivation blocks may differ"),
+        (
+            {f"{prefix}{k}": v for prefix in ("net.", "model.") for k, v in changed().items()},
+            "it has both net.conv1.weight and model.conv1.weight",
+        ),
         ({"epoch": 3, "acc": 0.9}, "it has 0 state dicts; its keys are epoch, acc"),
+        (
+            {**changed(), "epoch": 3},
+            "keys are conv1.weight, bn1.weight, bn1.bias, bn1.running_mean, "
+            "bn1.running_var, bn1.num_batches_tracked, …",
+        ),
         (
             {"teacher": changed(), "student": changed(), "epoch": 1},
             "it has 2 state dicts; its keys are teacher, student, epoch",
+        ),
+        (
+            {"teacher": {"net": changed()}, "student": {"net": changed()}},
+            "it has 2 state dicts; its keys are teacher, student",
         ),
         ({3: None}, "it has 0 state dicts; its keys are 3"),
         ({}, "it has 0 state dicts; its keys are none"),
