@@ -119,6 +119,8 @@ def export(module: ResNetModule, evaluation: Evaluation, images: Tensor, output:
     example = images[:2].clone()  # the file keeps it, with all that a view belongs to
     shapes = {"images": {0: Dim("batch")}}
     program = torch.export.export(classifier, (example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # the file would hold this machine's paths
     part = output.with_name(f"{output.stem}.part{output.suffix}")
     try:
         run = FORMATS[output.suffix](program, part, module.class_names)

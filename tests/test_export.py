@@ -142,6 +142,13 @@ def test_pt2_file_has_class_names_and_no_images(pt2_export: Exported) -> None:
     assert pt2_export.file.stat().st_size < 2**20
 
 
+def test_files_hold_no_paths_of_this_machine(onnx_export: Exported, pt2_export: Exported) -> None:
+    for content in (onnx_export.file.read_bytes(), pt2_export.file.read_bytes()):
+        assert b"conv2d" in content  # it is not compressed
+        for package in (export, torch):
+            assert str(Path(package.__file__).parent).encode() not in content
+
+
 def test_export_does_not_warn(onnx_export: Exported, pt2_export: Exported) -> None:
     found = [*onnx_export.warnings, *pt2_export.warnings]
     assert [str(warning.message) for warning in found] == []
