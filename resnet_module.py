@@ -4,6 +4,7 @@
 scaling, loss, metrics, optimizer and learning-rate schedule.
 """
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -347,3 +348,10 @@ class ResNetModule(LightningModule):
         num_classes = module.network.fc.out_features
         module.class_names = checkpoint["class_names"] or [str(i) for i in range(num_classes)]
         return module.eval()
+
+
+for name in ("optimizer", "lr_scheduler"):
+    # pickle finds functions by their names, and the lambdas of a signature have none.
+    default = inspect.signature(ResNetModule).parameters[name].default
+    default.__qualname__ = f"default_{name}"
+    globals()[f"default_{name}"] = default

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,19 @@ def test_defaults_are_adam_and_a_third_every_20_epochs() -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([1e-3 / 3 ** (epoch // 20) for epoch in range(80)])
+
+
+def test_a_pickled_module_keeps_its_weights_and_default_optimizer() -> None:
+    module = ResNetModule(**SMALL).eval()
+    again = pickle.loads(pickle.dumps(module))
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(again(images), module(images), rtol=0, atol=0)
+    config: Any = again.configure_optimizers()
+    optimizer, scheduler = config["optimizer"], config["lr_scheduler"]["scheduler"]
+    assert (type(optimizer), type(scheduler)) == (torch.optim.Adam, StepLR)
+    assert scheduler.get_last_lr() == [1e-3]
+    assert (scheduler.step_size, scheduler.gamma) == (20, pytest.approx(1 / 3))
+    assert optimizer.param_groups[0]["params"][0] is next(again.parameters())
 
 
 def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
