@@ -217,13 +217,10 @@ class ResNetModule(LightningModule):
         self.register_buffer("std", torch.tensor(input_std or (1.0, 1.0, 1.0)).view(3, 1, 1))
         self.class_names: list[str] = []
         num_classes = self.network.fc.out_features
-        metrics = MetricCollection(
-            {
-                # Checking for NaN would make a GPU wait; the TerminateOnNaN callback checks.
-                "loss": MeanMetric(nan_strategy="disable"),
-                "acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            }
-        )
+        # Checking for NaN would make a GPU wait; the TerminateOnNaN callback checks.
+        loss = MeanMetric(nan_strategy="disable")
+        acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        metrics = MetricCollection({"loss": loss, "acc": acc})
         self.train_metrics = metrics.clone(prefix="train/")
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
@@ -350,8 +347,8 @@ class ResNetModule(LightningModule):
         return module.eval()
 
 
-for name in ("optimizer", "lr_scheduler"):
-    # pickle finds functions by their names, and the lambdas of a signature have none.
-    default = inspect.signature(ResNetModule).parameters[name].default
-    default.__qualname__ = f"default_{name}"
-    globals()[f"default_{name}"] = default
+# pickle finds a function by its name, and the lambdas of a signature have none.
+default_optimizer = inspect.signature(ResNetModule).parameters["optimizer"].default
+default_optimizer.__qualname__ = "default_optimizer"
+default_lr_scheduler = inspect.signature(ResNetModule).parameters["lr_scheduler"].default
+default_lr_scheduler.__qualname__ = "default_lr_scheduler"

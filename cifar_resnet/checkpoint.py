@@ -176,13 +176,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    if "pytorch-lightning_version" not in content:
+    if "class_names" not in content:
         try:
             return convert_state_dict(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-    if "class_names" not in content:
-        raise ValueError(f"{path} is a checkpoint of another project")
     for name, kind in ENTRIES.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")

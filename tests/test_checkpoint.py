@@ -83,7 +83,10 @@ def test_code_in_a_checkpoint_never_runs(
         ("truncated", "is not a checkpoint"),
         (torch.zeros(3), "holds a Tensor"),
         ([1, 2], "holds a list"),
-        ({"pytorch-lightning_version": "2.6", "state_dict": {}}, "is a checkpoint of another"),
+        (
+            {"pytorch-lightning_version": "2.6", "state_dict": {}},
+            "is not a network of this project",
+        ),
         ({"state_dict": [1]}, "is damaged: its state_dict is not a dict"),
         ({"epoch": "one"}, "is damaged: its epoch is not a int"),
         ({"class_names": None}, "is damaged: its class_names is not a list"),
