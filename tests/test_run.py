@@ -1,6 +1,7 @@
 """A run's folder: its own, whatever else starts or logs there, and what is recorded in it."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_two_runs_without_a_logger_have_two_folders(run: Run, small: list[str]) 
     assert saved == {f"lightning_logs/version_{n}/checkpoints/last.ckpt" for n in range(2)}
 
 
+def test_checkpoint_named_by_a_metric_has_a_folder(run: Run, small: list[str]) -> None:
+    """The names of all metrics here hold a slash."""
+    own = ["=ModelCheckpoint", ".monitor=val/loss", ".filename=e{epoch}-{val/loss:.3f}"]
+    options = [*small, *(f"--trainer.callbacks{o}" for o in own), "--trainer.max_epochs=1"]
+    assert run("fit", *options).code == 0
+    (saved,) = (RUN / "checkpoints").glob("eepoch=0-val/loss=*.ckpt")
+    assert f"Checkpoint: {saved}\n" in run("test", "--ckpt", str(saved)).out
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -157,6 +167,19 @@ def test_spawned_and_forked_processes_share_a_folder(strategy: str, tmp_path: Pa
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     events = EventAccumulator(str(folder)).Reload()
     assert "hp/best_val/acc" in events.Tags()["scalars"]
+
+
+@pytest.mark.slow
+def test_start_and_resume_show_no_warning(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither in the terminal nor in TensorBoard, which warns of a second graph."""
+    for args in ([*SMALL_DIGITS, "--trainer.max_epochs=1"], ["--ckpt", "--trainer.max_epochs=2"]):
+        started = start("fit", *args)
+        assert started.wait() == 0
+        assert not re.search(r"\.py:\d+:|[Ww]arning", started.out), started.out
+    EventAccumulator(str(tmp_path / RUN)).Reload()
+    assert not caplog.records
 
 
 # Its records
