@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,6 @@ from cifar_resnet.run import claim_folder
 
 LOGS = Path("lightning_logs")
 RUN = LOGS / "version_0"
-TRAIN = Path(__file__).absolute().parents[1] / "train.py"
 
 
 @pytest.fixture
@@ -158,13 +155,13 @@ def test_early_stopping_resumes_with_the_patience_given_now(run: Run, small: lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_spawned_and_forked_processes_share_a_folder(strategy: str, tmp_path: Path) -> None:
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
-    options = [*SMALL_DIGITS, *devices, "--trainer.max_epochs=1"]
-    subprocess.run([sys.executable, TRAIN, "fit", *options], cwd=tmp_path, check=True)
+def test_spawned_processes_share_a_folder(start: Start, tmp_path: Path) -> None:
+    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_spawn"]
+    started = start("fit", *SMALL_DIGITS, *devices, "--trainer.max_epochs=1")
+    assert started.wait() == 0, started.out
     (folder,) = (tmp_path / LOGS).iterdir()
     assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert (folder / "curves.png").is_file()
     events = EventAccumulator(str(folder)).Reload()
     assert "hp/best_val/acc" in events.Tags()["scalars"]
 
