@@ -114,8 +114,7 @@ def export(module: ResNetModule, evaluation: Evaluation, images: Tensor, output:
     Raises:
         ValueError: If that is more than `TOLERANCE`; nothing is written then.
     """
-    # torch.export.save warns of weights in channels_last.
-    classifier = Classifier(module.to(memory_format=torch.contiguous_format), evaluation).eval()
+    classifier = Classifier(module, evaluation).eval()
     example = images[:2].clone()  # the file keeps it, with all that a view belongs to
     shapes = {"images": {0: Dim("batch")}}
     program = torch.export.export(classifier, (example,), dynamic_shapes=shapes)

@@ -212,7 +212,7 @@ class ResNetModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.compile_mode = compile
-        self.network = ResNet(**network).to(memory_format=torch.channels_last)
+        self.network = ResNet(**network)
         self.register_buffer("mean", torch.tensor(input_mean or (0.0, 0.0, 0.0)).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(input_std or (1.0, 1.0, 1.0)).view(3, 1, 1))
         self.class_names: list[str] = []
@@ -287,6 +287,8 @@ class ResNetModule(LightningModule):
     # Lightning draws them against "step", here the epochs done, which depend on no batch size.
     def on_train_epoch_start(self) -> None:
         self.lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        # Else a ModelCheckpoint would name what it saves within this epoch by the epochs done.
+        self.trainer.callback_metrics.pop("step", None)
 
     def on_train_epoch_end(self) -> None:
         self.log("lr", self.lr)

@@ -34,7 +34,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.callbacks import (
-    CurrentPatience,
+    CurrentLimits,
     CycleLengthCheck,
     EpochSummary,
     NetworkSummary,
@@ -45,7 +45,9 @@ from cifar_resnet.callbacks import (
 )
 from cifar_resnet.checkpoint import (
     AtomicCheckpointIO,
+    BestCheckpoint,
     EpochCheckpoint,
+    PeriodicCheckpoint,
     atomic_write,
     changed_options,
     check_model_options,
@@ -72,9 +74,12 @@ from resnet_module import ResNet, ResNetModule
 LOGS = "lightning_logs"
 ORDER = "A later option overrides an earlier one, and so does a --config: flags go behind it."
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
-CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "best_checkpoint": {"filename": "best", "monitor": "val/acc"},
-    "periodic_checkpoint": {"filename": "epoch_{epoch}", "every_n_epochs": 20, "save_top_k": -1},
+# Options that, when 0, leave a command nothing to do.
+LIMITS = {
+    "fit": ("max_epochs", "max_steps", "limit_train_batches"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
 }
 
 
@@ -82,6 +87,7 @@ class CLI(LightningCLI):
     """LightningCLI with checkpoints that are found by name and bring their own options."""
 
     path: Path | None = None  # of the checkpoint that --ckpt names
+    searched: Path | None = None  # where it was looked for, if not given as a path
     checkpoint: dict[str, Any]  # its content
     run: Path | None = None  # the folder of the run that fit resumes
 
@@ -104,9 +110,8 @@ class CLI(LightningCLI):
             help="For test and validate: show each image mirrored, too, and report the accuracy "
             "of the mean of both probabilities beside the plain one.",
         )
-        for name, defaults in CHECKPOINTS.items():
-            parser.add_lightning_class_args(EpochCheckpoint, name)
-            parser.set_defaults({f"{name}.{option}": v for option, v in defaults.items()})
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(PeriodicCheckpoint, "periodic_checkpoint")
         parser.add_lightning_class_args(TensorBoardImages, "pictures")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -129,7 +134,8 @@ class CLI(LightningCLI):
             return args
         if name in (None, "auto"):
             name = "last" if command == "fit" else "best"
-        self.path = find_checkpoint(str(name), root / LOGS)
+        self.path = find_checkpoint(str(name), root.expanduser() / LOGS)
+        self.searched = root if name in ("best", "last") else None
         self.checkpoint = read_checkpoint(self.path)
         print_once(f"Checkpoint: {relative(self.path)}")
         run = self.path.absolute().parent.parent
@@ -162,18 +168,30 @@ class CLI(LightningCLI):
             raise ValueError("mirror is an option of test and validate")
         if self.subcommand == "validate" and config.data.val_size == 0:
             raise ValueError("data.val_size is 0: there are no validation images")
-        limit = f"limit_{'val' if self.subcommand == 'validate' else self.subcommand}_batches"
-        if self.subcommand != "fit" and config.trainer[limit] == 0:
-            raise ValueError(f"trainer.{limit} is 0: there is nothing to {self.subcommand}")
+        for limit in LIMITS[str(self.subcommand)]:
+            if config.trainer[limit] == 0:
+                raise ValueError(f"trainer.{limit} is 0: there is nothing to {self.subcommand}")
+        if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
+            raise ValueError(
+                f"trainer.strategy is {config.trainer.strategy}, whose processes no signal ends: "
+                "give ddp"
+            )
         if config.model.compile and self.subcommand == "fit":
             torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
         if self.path is None:
             return
+        root = Path(config.trainer.default_root_dir or "")
+        if self.searched and self.searched.absolute() != root.absolute():
+            raise ValueError(
+                f"trainer.default_root_dir is {str(root)!r} in a configuration: give it on the "
+                "command line as well, where ckpt is looked for, or a path as ckpt"
+            )
         options = config.clone(with_meta=False).as_dict()
         if self.subcommand == "fit":
             check_resume(options, self.checkpoint)
             if completed_epochs(self.checkpoint) == config.trainer.max_epochs:
                 print_once("The run has all its epochs: give --trainer.max_epochs for more")
+                sys.exit(0)
             stored = self.checkpoint["datamodule_hyper_parameters"]
             for name, (before, now) in changed_options(options["data"], stored).items():
                 print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
@@ -219,7 +237,7 @@ class CLI(LightningCLI):
         options = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
         trainer, callbacks = options["trainer"], list[Callback]()
         if not trainer["fast_dev_run"]:
-            logs = Path(trainer["default_root_dir"] or "", LOGS)
+            logs = Path(trainer["default_root_dir"] or "").expanduser() / LOGS
             epochs = completed_epochs(self.checkpoint) if self.run else 0
             tensorboard = trainer["logger"] in (None, True)
             callbacks.append(RunFolder(logs, options, tensorboard, self.run, epochs))
@@ -318,7 +336,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
     silence_lightning()
-    run_errors = (MisconfigurationException, OSError, FloatingPointError)
+    run_errors = (MisconfigurationException, OSError, FloatingPointError, ModuleNotFoundError)
     with one_line_errors(1, *run_errors):
         CLI(
             ResNetModule,
@@ -334,7 +352,7 @@ def main() -> None:
                     EpochCheckpoint("last"),
                     TerminateOnNaN(),
                     CycleLengthCheck(),
-                    CurrentPatience(),
+                    CurrentLimits(),
                     ResumeHint(),
                     Throughput(),
                     EpochSummary(),

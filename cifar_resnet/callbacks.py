@@ -93,8 +93,12 @@ class CycleLengthCheck(Callback):
                 print_once(f"The run ends {left} {config.interval}s before its rate's cycle does")
 
 
-class CurrentPatience(Callback):
-    """Resumes EarlyStopping with the patience that is given now, instead of the checkpoint's."""
+class CurrentLimits(Callback):
+    """Resumes with the limits that are given now: EarlyStopping's patience, and a time from now on.
+
+    Otherwise Lightning would restore the patience and the time that had passed: each resume of a
+    run that max_time has ended would end at once.
+    """
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -102,6 +106,7 @@ class CurrentPatience(Callback):
         for callback in trainer.early_stopping_callbacks:
             if state := checkpoint["callbacks"].get(callback.state_key):
                 state["patience"] = callback.patience
+        checkpoint["callbacks"].pop(Timer.__qualname__, None)
 
 
 class ResumeHint(Callback):

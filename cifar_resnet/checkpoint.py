@@ -106,7 +106,7 @@ class EpochCheckpoint(ModelCheckpoint):
     @property
     def state_key(self) -> str:
         # Lightning's would be the same for two that differ in their file names alone.
-        return f"{type(self).__name__} {self.filename}"
+        return f"EpochCheckpoint {self.filename}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets the best score where the folder's path differs; of a run that was moved,
@@ -121,6 +121,29 @@ class EpochCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_last_batch:  # not where max_steps or max_time ends a run within an epoch
             super().on_train_epoch_end(trainer, pl_module)
+
+
+class BestCheckpoint(EpochCheckpoint):
+    """Keeps the best epoch in best.ckpt.
+
+    Args:
+        monitor: Metric by which an epoch is the best.
+        mode: Whether the metric's `min` or `max` is best.
+    """
+
+    def __init__(self, monitor: str = "val/acc", mode: Literal["min", "max"] = "max") -> None:
+        super().__init__("best", monitor, mode)
+
+
+class PeriodicCheckpoint(EpochCheckpoint):
+    """Keeps every nth epoch in epoch_N.ckpt.
+
+    Args:
+        every_n_epochs: Epochs from one checkpoint to the next; 0 saves none.
+    """
+
+    def __init__(self, every_n_epochs: NonNegativeInt = 20) -> None:
+        super().__init__("epoch_{epoch}", every_n_epochs=every_n_epochs, save_top_k=-1)
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

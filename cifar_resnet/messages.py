@@ -72,6 +72,6 @@ def silence_lightning() -> None:
         "Unable to serialize instance",  # jsonargparse's: config.yaml leaves it out
         "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
     ):
-        warnings.filterwarnings("ignore", f".*{message}")
+        warnings.filterwarnings("ignore", f"(?s).*{message}")
     adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     adverts.addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -17,7 +17,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from cifar_resnet.checkpoint import atomic_write, model_checkpoints, version_number
+from cifar_resnet.checkpoint import (
+    EpochCheckpoint,
+    atomic_write,
+    model_checkpoints,
+    version_number,
+)
 from cifar_resnet.report import to_json
 
 
@@ -48,22 +53,24 @@ class RunFolder(Callback):
         self.tensorboard = tensorboard
         self.resumed = resumed
         self.epochs = epochs
-        self.claimed: Path | None = None  # until the first epoch: the new folder
-        self.recorded = False
+        self.folder: Path | None = None
+        self.begun = False  # whether the run has come to an epoch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self.resumed and trainer.is_global_zero:
-            self.claimed = claim_folder(self.logs)
-        folder = trainer.strategy.broadcast(self.resumed or self.claimed)
-        self.folder: Path = folder  # type: ignore[assignment]  # the first process has one
+        if trainer.is_global_zero:
+            self.folder = self.resumed or claim_folder(self.logs)
+        self.folder = trainer.strategy.broadcast(self.folder)
+        folder = Path(str(self.folder))
         for callback in model_checkpoints(trainer):
             if callback.dirpath is None:
-                callback.dirpath = str(self.folder / "checkpoints")
+                # The user's own must not overwrite best.ckpt or last.ckpt.
+                is_own = isinstance(callback, EpochCheckpoint)
+                callback.dirpath = str(folder / ("checkpoints" if is_own else "more_checkpoints"))
         if self.tensorboard:
             trainer.logger = TensorBoardLogger(
-                self.folder.parent,
+                folder.parent,
                 name="",
-                version=self.folder.name,
+                version=folder.name,
                 default_hp_metric=False,
                 # Epochs that are trained once more replace those that a killed run has logged.
                 purge_step=self.epochs + 1 if self.resumed else None,
@@ -71,16 +78,16 @@ class RunFolder(Callback):
 
     # Not on_train_start, where other callbacks may still refuse to train.
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not self.recorded:
-            self.record(trainer)
-        self.claimed, self.recorded = None, True
+        if self.folder and trainer.is_global_zero and not self.begun:
+            self.record(trainer, self.folder)
+        self.begun = True
 
-    def record(self, trainer: Trainer) -> None:
+    def record(self, trainer: Trainer, folder: Path) -> None:
         """Writes the options and this start, in files and in TensorBoard."""
-        file = self.folder / "run.json"
+        file = folder / "run.json"
         starts = json.loads(file.read_text()) if file.is_file() else []
         config = yaml.safe_dump(self.config, sort_keys=False)
-        atomic_write(self.folder / "config.yaml", config)
+        atomic_write(folder / "config.yaml", config)
         command = shlex.join(["python", *sys.argv])
         start = {"command": command, "seed": self.config["seed_everything"]}
         atomic_write(file, to_json([*starts, start | describe_run(trainer)]))
@@ -123,11 +130,12 @@ class RunFolder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Leaves nothing behind of a run that was refused before its first epoch."""
-        if self.claimed:
-            for logger in trainer.loggers:
-                logger.finalize("failed")
-            trainer.loggers = []
-            shutil.rmtree(self.claimed)
+        if self.begun or self.resumed or not self.folder or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        trainer.loggers = []
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def claim_folder(logs: Path) -> Path:

@@ -114,7 +114,7 @@ def test_small_numbers_survive_a_checkpoint(run: Run) -> None:
 
 def test_changed_data_options_are_reported(run: Run, digits_run: DigitsRun) -> None:
     shutil.copytree(digits_run.folder, "run")
-    options = ["--data.augmentation=pad", "--trainer.max_epochs=3"]
+    options = ["--data.augmentation=pad", "--trainer.max_epochs=4"]
     outcome = run("fit", "--ckpt=run/checkpoints/last.ckpt", *options)
     assert 'Note: data.augmentation is "pad", and was "zoom" so far in this run' in outcome.out
 

@@ -91,8 +91,18 @@ def test_checkpoint_named_by_a_metric_has_a_folder(run: Run, small: list[str]) -
     own = ["=ModelCheckpoint", ".monitor=val/loss", ".filename=e{epoch}-{val/loss:.3f}"]
     options = [*small, *(f"--trainer.callbacks{o}" for o in own), "--trainer.max_epochs=1"]
     assert run("fit", *options).code == 0
-    (saved,) = (RUN / "checkpoints").glob("eepoch=0-val/loss=*.ckpt")
+    (saved,) = (RUN / "more_checkpoints").glob("eepoch=0-val/loss=*.ckpt")
     assert f"Checkpoint: {saved}\n" in run("test", "--ckpt", str(saved)).out
+
+
+def test_checkpoints_of_the_user_leave_the_runs_own_alone(run: Run, small: list[str]) -> None:
+    """Whatever they are called; each has the name of its optimizer step."""
+    own = ["=ModelCheckpoint", ".every_n_train_steps=3", ".save_top_k=-1", ".save_last=true"]
+    stop = "--trainer.max_steps=7"  # within the second epoch
+    assert run("fit", *small, *(f"--trainer.callbacks{o}" for o in own), stop).code == 0
+    assert read_checkpoint(RUN / "checkpoints" / "last.ckpt")["global_step"] == 4
+    saved = {file.name for file in (RUN / "more_checkpoints").iterdir()}
+    assert saved == {"epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt", "last.ckpt"}
 
 
 @pytest.mark.parametrize(
@@ -102,11 +112,14 @@ def test_checkpoint_named_by_a_metric_has_a_folder(run: Run, small: list[str]) -
         [f"--model.lr_scheduler{o}" for o in ("=OneCycleLR", ".max_lr=0.1", ".total_steps=1")],
         ["--trainer.callbacks=LearningRateFinder"],
         ["--trainer.callbacks=BatchSizeFinder"],
+        ["--trainer.strategy=ddp_spawn"],
+        ["--trainer.max_epochs=0"],
+        ["--trainer.limit_train_batches=0"],
     ],
-    ids=["data", "cycle", "rate finder", "batch finder"],
+    ids=["data", "cycle", "rate finder", "batch finder", "spawn", "no epoch", "no batch"],
 )
 def test_refused_run_leaves_no_folder(options: list[str], run: Run, small: list[str]) -> None:
-    outcome = run("fit", *small, *options, "--trainer.max_epochs=2")
+    outcome = run("fit", *small, "--trainer.max_epochs=2", *options)
     assert outcome.code in (1, 2)
     assert outcome.err.count("error: ") == 1
     assert "Traceback" not in outcome.err
@@ -155,28 +168,52 @@ def test_early_stopping_resumes_with_the_patience_given_now(run: Run, small: lis
 
 
 @pytest.mark.slow
-def test_spawned_processes_share_a_folder(start: Start, tmp_path: Path) -> None:
-    devices = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_spawn"]
-    started = start("fit", *SMALL_DIGITS, *devices, "--trainer.max_epochs=1")
-    assert started.wait() == 0, started.out
-    (folder,) = (tmp_path / LOGS).iterdir()
-    assert (folder / "checkpoints" / "last.ckpt").is_file()
-    assert (folder / "curves.png").is_file()
-    events = EventAccumulator(str(folder)).Reload()
-    assert "hp/best_val/acc" in events.Tags()["scalars"]
-
-
-@pytest.mark.slow
 def test_start_and_resume_show_no_warning(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither in the terminal nor in TensorBoard, which warns of a second graph."""
-    for args in ([*SMALL_DIGITS, "--trainer.max_epochs=1"], ["--ckpt", "--trainer.max_epochs=2"]):
+    # One of this callback's defaults, a torch.device, cannot be written to config.yaml.
+    averaging = ["--trainer.callbacks=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"]
+    first = [*SMALL_DIGITS, "--trainer.max_epochs=2", *averaging]
+    for args in (first, ["--ckpt", "--trainer.max_epochs=4"]):
         started = start("fit", *args)
         assert started.wait() == 0
         assert not re.search(r"\.py:\d+:|[Ww]arning", started.out), started.out
     EventAccumulator(str(tmp_path / RUN)).Reload()
     assert not caplog.records
+
+
+def test_time_limit_counts_from_each_start(run: Run, small: list[str]) -> None:
+    """Lightning restores the time that has passed, here two hours."""
+    assert run("fit", *small, "--trainer.max_epochs=1", "--trainer.max_time=00:01:00:00").code == 0
+    last = RUN / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last)
+    for stage in checkpoint["callbacks"]["Timer"]["time_elapsed"]:
+        checkpoint["callbacks"]["Timer"]["time_elapsed"][stage] = 7200.0
+    torch.save(checkpoint, last)
+    assert run("fit", "--ckpt=last", "--trainer.max_epochs=2").code == 0
+    assert read_checkpoint(last)["epoch"] == 1
+
+
+def test_finished_run_is_left_as_it_is(run: Run, small: list[str]) -> None:
+    assert run("fit", *small, "--trainer.max_epochs=1").code == 0
+    before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    outcome = run("fit", "--ckpt=last")
+    assert outcome.code == 0
+    assert "The run has all its epochs: give --trainer.max_epochs for more" in outcome.out
+    assert {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()} == before
+
+
+def test_root_in_a_configuration_is_not_passed_over(run: Run, small: list[str]) -> None:
+    """Else `last` would be that of another run."""
+    Path("c.yaml").write_text("trainer: {default_root_dir: elsewhere, max_epochs: 1}")
+    assert run("fit", *small, "--config=c.yaml").code == 0
+    assert run("fit", *small, "--trainer.max_epochs=1").code == 0
+    outcome = run("fit", "--ckpt=last", "--config=c.yaml")
+    assert outcome.code == 2
+    assert "error: trainer.default_root_dir is 'elsewhere' in a configuration" in outcome.err
+    found = run("test", "--config=c.yaml", "--trainer.default_root_dir=elsewhere")
+    assert "Checkpoint: elsewhere/lightning_logs/version_0/checkpoints/best.ckpt" in found.out
 
 
 # Its records
