@@ -195,7 +195,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # foreign bytes fail in any way
         reason = type(error).__name__
         raise ValueError(
-            f"{path} is not a checkpoint, or holds more than plain data ({reason})"
+            f"{path} is not a checkpoint, or holds more than plain data ({reason}): of a network "
+            "save the state_dict() alone"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
