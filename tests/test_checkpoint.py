@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_DIGITS, DigitsRun, Run
+from conftest import DigitsRun, Run
 from lightning.pytorch import Trainer
 
 from cifar_resnet.checkpoint import (
@@ -201,22 +201,6 @@ def test_runs_that_could_not_resume_are_refused(digits_run: DigitsRun) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             check_resume(config, content)
-
-
-def test_whole_epochs_only_are_saved(run: Run) -> None:
-    """A run that max_steps ends within its second epoch keeps the checkpoints of the first."""
-    outcome = run("fit", *SMALL_DIGITS, "--data.batch_size=50", "--trainer.max_steps=39")
-    assert outcome.code == 0, outcome.err
-    folder = Path("lightning_logs/version_0/checkpoints")
-    for name in ("best", "last"):
-        checkpoint = read_checkpoint(folder / f"{name}.ckpt")
-        assert checkpoint["global_step"] == 25
-    resumed = run("fit", "--ckpt=last", "--trainer.max_steps=-1", "--trainer.max_epochs=3")
-    assert resumed.code == 0, resumed.err
-    run("fit", *SMALL_DIGITS, "--data.batch_size=50", "--trainer.max_epochs=3")
-    undisturbed = read_checkpoint(Path("lightning_logs/version_1/checkpoints/last.ckpt"))
-    for name, value in read_checkpoint(folder / "last.ckpt")["state_dict"].items():
-        assert torch.equal(value, undisturbed["state_dict"][name])
 
 
 def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) -> None:

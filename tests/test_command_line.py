@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,10 +255,8 @@ def test_digits_recipe_learns(run: Run) -> None:
     assert report["acc"] > 0.6
 
 
-@pytest.mark.slow
-def test_help_lists_every_option() -> None:
-    command = [sys.executable, str(PROJECT / "train.py"), "fit", "--help"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_help_lists_every_option(run: Run) -> None:
+    out = run("fit", "--help").out
     for option in ("--ckpt", "--model.label_smoothing", "--model.layers", "--data.cutout"):
         assert option in out
     assert "--model.num_classes" not in out  # follows from the data

@@ -147,8 +147,7 @@ class Poison(Callback):
             args[1][0].fill_(float("nan"))
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("val_size", [200, 0])
+@pytest.mark.parametrize(("epoch", "val_size"), [(0, 200), (1, 0)])
 def test_nan_ends_a_run_before_it_is_saved(run: Run, epoch: int, val_size: int) -> None:
     options = ["--trainer.callbacks=test_resume.Poison", f"--trainer.callbacks.epoch={epoch}"]
     outcome = run("fit", *RUN, f"--data.val_size={val_size}", *options)
