@@ -76,7 +76,7 @@ ORDER = "A later option overrides an earlier one, and so does a --config: flags 
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 # Options that, when 0, leave a command nothing to do.
 LIMITS = {
-    "fit": ("max_epochs", "max_steps", "limit_train_batches"),
+    "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
     "validate": ("limit_val_batches",),
     "test": ("limit_test_batches",),
     "predict": ("limit_predict_batches",),

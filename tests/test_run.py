@@ -105,8 +105,9 @@ def test_checkpoints_of_the_user_leave_the_runs_own_alone(run: Run, small: list[
         ["--trainer.strategy=ddp_spawn"],
         ["--trainer.max_epochs=0"],
         ["--trainer.limit_train_batches=0"],
+        ["--trainer.accumulate_grad_batches=0"],
     ],
-    ids=["data", "cycle", "rate finder", "batch finder", "spawn", "no epoch", "no batch"],
+    ids=["data", "cycle", "rate", "batch size", "spawn", "no epoch", "no batch", "no step"],
 )
 def test_refused_run_leaves_no_folder(options: list[str], run: Run, small: list[str]) -> None:
     outcome = run("fit", *small, "--trainer.max_epochs=2", *options)
