@@ -134,7 +134,7 @@ class CLI(LightningCLI):
             return args
         if name in (None, "auto"):
             name = "last" if command == "fit" else "best"
-        self.path = find_checkpoint(str(name), root.expanduser() / LOGS)
+        self.path = find_checkpoint(str(name), root / LOGS)
         self.searched = root if name in ("best", "last") else None
         self.checkpoint = read_checkpoint(self.path)
         print_once(f"Checkpoint: {relative(self.path)}")
@@ -178,9 +178,12 @@ class CLI(LightningCLI):
             )
         if config.model.compile and self.subcommand == "fit":
             torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
-        if self.path is None:
-            return
-        root = Path(config.trainer.default_root_dir or "")
+        if self.path is not None:
+            self.check_against_checkpoint(config)
+
+    def check_against_checkpoint(self, config: Any) -> None:
+        """Refuses options that the checkpoint does not allow; ends a run that is complete."""
+        root = Path(config.trainer.default_root_dir or "").expanduser()
         if self.searched and self.searched.absolute() != root.absolute():
             raise ValueError(
                 f"trainer.default_root_dir is {str(root)!r} in a configuration: give it on the "
@@ -307,7 +310,7 @@ def parse_checkpoint_name(args: list[str]) -> tuple[str | None, Path]:
     parser.add_argument("--ckpt", nargs="?", const="auto")
     parser.add_argument("--trainer.default_root_dir", dest="root", type=Path, default=Path())
     known, _ = parser.parse_known_args(args)
-    return known.ckpt, known.root
+    return known.ckpt, known.root.expanduser()
 
 
 def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

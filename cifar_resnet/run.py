@@ -57,10 +57,11 @@ class RunFolder(Callback):
         self.begun = False  # whether the run has come to an epoch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            self.folder = self.resumed or claim_folder(self.logs)
-        self.folder = trainer.strategy.broadcast(self.folder)
-        folder = Path(str(self.folder))
+        folder = self.resumed or self.logs
+        if not self.resumed and trainer.is_global_zero:
+            folder = claim_folder(self.logs)
+        folder = trainer.strategy.broadcast(folder)  # the others log where the first process does
+        self.folder = folder
         for callback in model_checkpoints(trainer):
             if callback.dirpath is None:
                 # The user's own must not overwrite best.ckpt or last.ckpt.

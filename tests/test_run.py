@@ -220,6 +220,17 @@ def test_root_in_a_configuration_is_not_passed_over(run: Run, small: list[str]) 
     assert "Checkpoint: elsewhere/lightning_logs/version_0/checkpoints/best.ckpt" in found.out
 
 
+def test_root_may_begin_with_a_tilde(
+    run: Run, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    root = "--trainer.default_root_dir=~/runs"
+    assert run("fit", *small, "--trainer.max_epochs=1", root).code == 0
+    checkpoints = "home/runs/lightning_logs/version_0/checkpoints"
+    assert f"Checkpoint: {checkpoints}/best.ckpt" in run("test", root).out
+    assert run("fit", "--ckpt=last", "--trainer.max_epochs=2", root).code == 0
+
+
 # Its records
 
 
