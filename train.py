@@ -54,7 +54,6 @@ from cifar_resnet.checkpoint import (
     check_resume,
     completed_epochs,
     find_checkpoint,
-    is_resumable,
     known_options,
     load_weights,
     read_checkpoint,
@@ -198,7 +197,7 @@ class CLI(LightningCLI):
             stored = self.checkpoint["datamodule_hyper_parameters"]
             for name, (before, now) in changed_options(options["data"], stored).items():
                 print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
-        elif is_resumable(self.checkpoint):
+        elif self.checkpoint["class_names"]:  # of this project
             training = ("optimizer", "lr_scheduler")
             model = {n: value for n, value in options["model"].items() if n not in training}
             check_model_options(model, self.checkpoint)

@@ -22,12 +22,14 @@ from torch import nn
 
 from cifar_resnet.convert import convert_state_dict
 
-# What a checkpoint of this project holds.
+# What a checkpoint of this project holds, and what it holds besides if training can resume from it.
 ENTRIES = {
     "state_dict": dict,
     "hyper_parameters": dict,
     "datamodule_hyper_parameters": dict,
     "class_names": list,
+}
+TRAINING_STATE = {
     "epoch": int,
     "loops": dict,
     "optimizer_states": list,
@@ -205,7 +207,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return convert_state_dict(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
-    for name, kind in ENTRIES.items():
+    expected = ENTRIES | TRAINING_STATE if is_resumable(content) else ENTRIES
+    for name, kind in expected.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")
     return content
@@ -229,7 +232,7 @@ def give_scaling(
 
 
 def is_resumable(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether this is a whole checkpoint of this project, not only weights."""
+    """Whether this is a whole checkpoint of this project, not weights and options only."""
     return "optimizer_states" in checkpoint
 
 

@@ -235,6 +235,22 @@ def test_bare_network_is_tested_with_a_given_scaling(run: Run) -> None:
     assert "holds weights only" in error_of(run("fit", "--ckpt=bare.pkl"))
 
 
+def test_weights_without_training_state_are_tested_with_their_options(run: Run) -> None:
+    saves = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
+    assert run("fit", *SMALL_DIGITS, "--trainer.max_epochs=1", *saves).code == 0
+    (file,) = Path("lightning_logs/version_0/more_checkpoints").iterdir()
+    weights = shutil.copy(file, "weights.ckpt")
+    assert run("test", "--ckpt", weights).code == 0
+    assert run("test", "--ckpt=last").code == 0
+    tested = [Path(folder, "test.json") for folder in (".", file.parents[1] / "checkpoints")]
+    alone, whole = (json.loads(path.read_text()) for path in tested)
+    assert (alone["loss"], alone["acc"]) == (whole["loss"], whole["acc"])
+    shutil.rmtree("lightning_logs")
+    refused = run("test", "--ckpt", weights, "--model.normalize=false")
+    assert "model.normalize is false, but the checkpoint was trained with true" in error_of(refused)
+    assert "holds weights only" in error_of(run("fit", "--ckpt", weights))
+
+
 def test_recipes_are_valid(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     for recipe in sorted((PROJECT / "recipes").glob("*.yaml")):
         outcome = run("fit", "--config", str(recipe), "--print_config")
