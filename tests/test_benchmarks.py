@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import sides
 import speed
+import time_to_accuracy
 import torch
 import yaml
 from scipy import stats
@@ -248,6 +249,34 @@ def test_random_images_replace_cifar10(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(ours.class_names) == dataset.num_classes == 10
     (tmp_path / CIFAR10.base_folder).mkdir()
     assert sides.find_source(str(tmp_path)) is CIFAR10
+
+
+def test_recipe_is_timed_between_turns_of_the_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    speeds = iter([[1000.0, 2000.0], [2000.0, 2000.0]])
+
+    def measure_sides(names: list[str], *_: Any) -> dict[str, Any]:
+        calls.extend(names)
+        return {"training, images/s": {"A": next(speeds)}}
+
+    def train_py(verb: str, *arguments: str) -> None:
+        calls.append(verb)
+        folder = arguments[arguments.index("--trainer.default_root_dir") + 1]
+        FakeTraining(Path(folder))(verb, *arguments)
+
+    monkeypatch.setattr(time_to_accuracy, "measure_sides", measure_sides)
+    monkeypatch.setattr(time_to_accuracy, "train_py", train_py)
+    clock = itertools.count(0, 200)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(sys, "argv", ["time_to_accuracy.py", "recipes/fast.yaml", "--a=b"])
+    time_to_accuracy.main()
+    assert calls == ["A", "fit", "test", "A"]
+    assert capsys.readouterr().out == (
+        "fast: 50.00 % in 3.3 min; the note's script takes 33 min for 80 epochs, "
+        "10.0 times as long\n"
+    )
 
 
 def test_unknown_side_is_refused(
