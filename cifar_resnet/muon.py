@@ -1,0 +1,89 @@
+"""Muon for convolutions: `--model.optimizer cifar_resnet.muon.ConvMuon`, for short runs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
+
+
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """Brings the singular values of a matrix near 1, by `steps` of a Newton-Schulz iteration."""
+    a, b, c = COEFFICIENTS
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if is_tall else x
+
+
+class ConvMuon(SGD):
+    """Muon (Jordan et al. 2024) for convolutions, SGD with Nesterov momentum for the rest.
+
+    A kernel is seen as a matrix with a row for each output channel. As in airbench (Jordan 2024,
+    arXiv:2404.00498) its update is its orthogonalized momentum, and its norm stays the square root
+    of the number of rows: batch normalisation cancels the norm, so that the learning rate is how
+    much of the kernel a step replaces.
+
+    The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
+    for each, as in `max_lr: [0.03, 0.2]`.
+
+    Args:
+        params: All parameters of a network.
+        lr: Learning rate of the kernels.
+        momentum: Momentum of the kernels.
+        steps: Newton-Schulz iterations for each update.
+        sgd_lr: Learning rate of the rest.
+        sgd_momentum: Momentum of the rest.
+        weight_decay: L2 penalty of the rest.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.03,
+        momentum: float = 0.6,
+        steps: int = 3,
+        sgd_lr: float = 0.2,
+        sgd_momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        params = list(params)
+        kernels: dict[str, Any] = {
+            "params": [p for p in params if p.ndim == 4],
+            "lr": lr,
+            "muon_momentum": momentum,
+            "muon_steps": steps,
+            **{"momentum": 0.0, "nesterov": False, "weight_decay": 0.0},  # of SGD
+        }
+        rest: dict[str, Any] = {"params": [p for p in params if p.ndim != 4]}
+        super().__init__(
+            [kernels, rest],
+            lr=sgd_lr,
+            momentum=sgd_momentum,
+            nesterov=True,
+            weight_decay=weight_decay,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        momentum, steps = (self.param_groups[0][f"muon_{name}"] for name in ("momentum", "steps"))
+        for kernel in self.param_groups[0]["params"]:
+            if kernel.grad is None:
+                continue
+            buffer = self.state[kernel].setdefault("muon_buffer", torch.zeros_like(kernel))
+            buffer.mul_(momentum).add_(kernel.grad)
+            update = kernel.grad.add(buffer, alpha=momentum).flatten(1)
+            kernel.grad.copy_(orthogonalize(update, steps).view_as(kernel))
+            kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
+        super().step()  # for the kernels plain gradient descent
+        return loss

@@ -1,0 +1,83 @@
+"""ConvMuon against torch's Muon and SGD, and its state."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Muon, Optimizer
+
+from cifar_resnet.muon import ConvMuon, orthogonalize
+
+
+def train(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    """Takes a step for each gradient, which all parameters share."""
+    for gradient in gradients:
+        for parameter in parameters:
+            parameter.grad = gradient.view_as(parameter).clone()
+        optimizer.step()
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def gradients() -> list[Tensor]:
+    return list(torch.randn((5, 8, 36), generator=torch.Generator().manual_seed(1)))
+
+
+def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor]) -> None:
+    kernel, matrix = parameter(8, 4, 3, 3), parameter(8, 36)
+    ours = ConvMuon([kernel], lr=0.1, momentum=0.6, steps=3)
+    torchs = Muon([matrix], lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
+    for gradient in gradients:
+        train(ours, [kernel], [gradient])
+        matrix.data.mul_(8**0.5 / matrix.norm())
+        train(torchs, [matrix], [gradient])
+    difference = (kernel.flatten(1) - matrix).norm() / matrix.norm()
+    assert difference < 0.01  # torch computes the update in bf16
+    far = parameter(8, 36)
+    assert (kernel.flatten(1) - far * 8**0.5 / far.norm()).norm() > 0.1
+
+
+def test_other_parameters_move_as_by_torchs_sgd(gradients: list[Tensor]) -> None:
+    ours, torchs = [parameter(288), parameter(8, 36)], [parameter(288), parameter(8, 36)]
+    train(ConvMuon(ours, sgd_lr=0.1, sgd_momentum=0.8, weight_decay=0.01), ours, gradients)
+    sgd = SGD(torchs, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
+    train(sgd, torchs, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(16, 27), (64, 16)])
+def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
+    values = torch.linalg.svdvals(orthogonalize(1e3 * parameter(*shape), steps=5))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_state_that_is_loaded_goes_on_alike(gradients: list[Tensor]) -> None:
+    whole = [parameter(8, 4, 3, 3), parameter(288)]
+    optimizer = ConvMuon(whole)
+    train(optimizer, whole, gradients[:2])
+    halves = copy.deepcopy(whole)
+    resumed = ConvMuon(halves)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, whole, gradients[2:])
+    train(resumed, halves, gradients[2:])
+    assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
+
+
+def test_closure_is_called_once() -> None:
+    kernel, calls = parameter(8, 4, 3, 3), []
+
+    def closure() -> float:
+        calls.append(1)
+        loss = kernel.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert ConvMuon([kernel]).step(closure) == pytest.approx(
+        float(parameter(8, 4, 3, 3).square().sum())
+    )
+    assert calls == [1]
