@@ -82,7 +82,7 @@ class CIFARDataModule(LightningDataModule):
             and cropped at the centre when they are loaded.
         augmentation: What a training image goes through: `zoom` enlarges it by a quarter and
             crops at random (32 → 40 → 32), `pad` puts 4 pixels of zeros around it and crops at
-            random, `none` leaves it as it is.
+            random, `reflect` does so with 2 pixels of its mirror image, `none` leaves it as it is.
         flip: Mirror training images left to right, each with probability 1/2.
         cutout: Side, in pixels, of a square of the training images' mean colour that hides a part
             of each training image (DeVries and Taylor 2017), 0 to `image_size`. 0 hides nothing.
@@ -105,7 +105,7 @@ class CIFARDataModule(LightningDataModule):
         eval_batch_size: PositiveInt | None = None,
         val_size: NonNegativeInt = 5000,
         image_size: PositiveInt = 32,
-        augmentation: Literal["zoom", "pad", "none"] = "zoom",
+        augmentation: Literal["zoom", "pad", "reflect", "none"] = "zoom",
         flip: bool = True,
         cutout: NonNegativeInt = 0,
         evaluation: Literal["auto", "native", "zoom", "crop"] = "auto",

@@ -15,7 +15,9 @@ from torch import Tensor
 
 Draws = dict[str, Tensor]
 Evaluation = Literal["native", "zoom", "crop"]
-PADDING = 4  # pixels on each side, as in He et al. 2015
+# Pixels on each side, and what they show: zeros as in He et al. 2015, the mirrored image as in
+# airbench (Jordan 2024, arXiv:2404.00498).
+PADDINGS = {"pad": (4, "constant"), "reflect": (2, "reflect")}
 
 
 class Augmentation(Protocol):
@@ -165,8 +167,9 @@ def pad_or_resize(images: Tensor, augmentation: str) -> Tensor:
     """
     if augmentation == "zoom":
         return resize(images, zoomed(images.shape[-1]))
-    if augmentation == "pad":
-        return F.pad(images, [PADDING] * 4)
+    if augmentation in PADDINGS:
+        padding, mode = PADDINGS[augmentation]
+        return F.pad(images, [padding] * 4, mode=mode)
     return images
 
 

@@ -81,7 +81,7 @@ def order_of(epoch: int, seed: int) -> Tensor:
     return torch.randperm(TRAIN_IMAGES, generator=torch.Generator().manual_seed(seed + epoch))
 
 
-@pytest.mark.parametrize("augmentation", ["zoom", "pad", "none"])
+@pytest.mark.parametrize("augmentation", ["zoom", "pad", "reflect", "none"])
 @pytest.mark.parametrize("cutout", [0, 7, 10])
 def test_augmented_images_equal_torchvisions(cifar10: Path, augmentation: Any, cutout: int) -> None:
     """Same draws: not one pixel may differ from torchvision's transforms of single PIL images."""
@@ -101,6 +101,8 @@ def test_augmented_images_equal_torchvisions(cifar10: Path, augmentation: Any, c
                 image = transforms.Resize(40)(image)
             elif augmentation == "pad":
                 image = tv.pad(image, [4])
+            elif augmentation == "reflect":
+                image = tv.pad(image, [2], padding_mode="reflect")
             if augmentation != "none":
                 image = tv.crop(image, draw["top"], draw["left"], 32, 32)
             pixels = tv.to_tensor(tv.hflip(image) if draw["flip"] else image)
