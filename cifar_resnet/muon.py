@@ -23,7 +23,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 
 
 class ConvMuon(SGD):
-    """Muon (Jordan et al. 2024) for convolutions, SGD with Nesterov momentum for the rest.
+    """Muon (Jordan et al. 2024) for all convolutions but the first, Nesterov SGD for the rest.
 
     A kernel is seen as a matrix with a row for each output channel. As in airbench (Jordan 2024,
     arXiv:2404.00498) its update is its orthogonalized momentum, and its norm stays the square root
@@ -34,7 +34,7 @@ class ConvMuon(SGD):
     for each, as in `max_lr: [0.03, 0.2]`.
 
     Args:
-        params: All parameters of a network.
+        params: All parameters of a network, in their order.
         lr: Learning rate of the kernels.
         momentum: Momentum of the kernels.
         steps: Newton-Schulz iterations for each update.
@@ -54,16 +54,17 @@ class ConvMuon(SGD):
         weight_decay: float = 5e-4,
     ) -> None:
         params = list(params)
-        kernels: dict[str, Any] = {
-            "params": [p for p in params if p.ndim == 4],
+        kernels = [p for p in params if p.ndim == 4][1:]
+        muon: dict[str, Any] = {
+            "params": kernels,
             "lr": lr,
             "muon_momentum": momentum,
             "muon_steps": steps,
             **{"momentum": 0.0, "nesterov": False, "weight_decay": 0.0},  # of SGD
         }
-        rest: dict[str, Any] = {"params": [p for p in params if p.ndim != 4]}
+        rest: dict[str, Any] = {"params": [p for p in params if all(p is not k for k in kernels)]}
         super().__init__(
-            [kernels, rest],
+            [muon, rest],
             lr=sgd_lr,
             momentum=sgd_momentum,
             nesterov=True,
@@ -83,7 +84,7 @@ class ConvMuon(SGD):
             buffer = self.state[kernel].setdefault("muon_buffer", torch.zeros_like(kernel))
             buffer.mul_(momentum).add_(kernel.grad)
             update = kernel.grad.add(buffer, alpha=momentum).flatten(1)
-            kernel.grad.copy_(orthogonalize(update, steps).view_as(kernel))
+            kernel.grad.copy_(orthogonalize(update, steps).reshape(kernel.shape))
             kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
         super().step()  # for the kernels plain gradient descent
         return loss

@@ -29,7 +29,7 @@ def gradients() -> list[Tensor]:
 
 def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor]) -> None:
     kernel, matrix = parameter(8, 4, 3, 3), parameter(8, 36)
-    ours = ConvMuon([kernel], lr=0.1, momentum=0.6, steps=3)
+    ours = ConvMuon([parameter(8, 3, 3, 3), kernel], lr=0.1, momentum=0.6, steps=3)
     torchs = Muon([matrix], lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
     for gradient in gradients:
         train(ours, [kernel], [gradient])
@@ -42,7 +42,8 @@ def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor]) -> 
 
 
 def test_other_parameters_move_as_by_torchs_sgd(gradients: list[Tensor]) -> None:
-    ours, torchs = [parameter(288), parameter(8, 36)], [parameter(288), parameter(8, 36)]
+    shapes = ((16, 2, 3, 3), (288,), (8, 36))  # the first convolution is one of them
+    ours, torchs = ([parameter(*shape) for shape in shapes] for _ in range(2))
     train(ConvMuon(ours, sgd_lr=0.1, sgd_momentum=0.8, weight_decay=0.01), ours, gradients)
     sgd = SGD(torchs, lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01)
     train(sgd, torchs, gradients)
@@ -57,7 +58,7 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
 
 
 def test_state_that_is_loaded_goes_on_alike(gradients: list[Tensor]) -> None:
-    whole = [parameter(8, 4, 3, 3), parameter(288)]
+    whole = [parameter(16, 2, 3, 3), parameter(8, 4, 3, 3), parameter(288)]
     optimizer = ConvMuon(whole)
     train(optimizer, whole, gradients[:2])
     halves = copy.deepcopy(whole)
@@ -69,7 +70,7 @@ def test_state_that_is_loaded_goes_on_alike(gradients: list[Tensor]) -> None:
 
 
 def test_closure_is_called_once() -> None:
-    kernel, calls = parameter(8, 4, 3, 3), []
+    kernel, calls = parameter(8, 4, 3, 3), list[int]()
 
     def closure() -> float:
         calls.append(1)
@@ -77,7 +78,7 @@ def test_closure_is_called_once() -> None:
         loss.backward()
         return loss.item()
 
-    assert ConvMuon([kernel]).step(closure) == pytest.approx(
+    assert ConvMuon([parameter(8, 3, 3, 3), kernel]).step(closure) == pytest.approx(
         float(parameter(8, 4, 3, 3).square().sum())
     )
     assert calls == [1]
