@@ -1,9 +1,11 @@
 """Class probabilities for image files, by a trained network.
 
-    python predict.py cat.jpg holiday/                             # best of the newest run
+    python predict.py cat.jpg holiday/
     python predict.py cat.jpg --ckpt resnet20.th --output out.csv  # or out.json
 
-The shorter side of an image is resized to what the network takes, and the centre is cropped.
+Without --ckpt it is the best network of the newest run or, where there is no run, the one that
+comes with the project. The shorter side of an image is resized to what the network takes, and the
+centre is cropped.
 """
 
 import argparse
@@ -17,9 +19,15 @@ from torch import Tensor
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
-from cifar_resnet.checkpoint import atomic_write, find_checkpoint, give_scaling, read_checkpoint
+from cifar_resnet.checkpoint import (
+    PRETRAINED,
+    atomic_write,
+    find_checkpoint,
+    give_scaling,
+    read_checkpoint,
+)
 from cifar_resnet.datasets import image_files, read_square
-from cifar_resnet.messages import ScriptParser
+from cifar_resnet.messages import ScriptParser, relative
 from cifar_resnet.report import to_csv, to_json
 from resnet_module import ResNetModule
 
@@ -30,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Prints and writes the predictions; returns 1 if a file could not be read, else 0."""
     parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
-    parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
+    parser.add_argument("--ckpt", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")
     for name in ("--input_mean", "--input_std"):
         parser.add_argument(
@@ -39,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
-        checkpoint = read_checkpoint(find_checkpoint(options.ckpt, Path("lightning_logs")))
+        checkpoint = read_checkpoint(choose_checkpoint(options.ckpt))
         give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
@@ -58,6 +66,22 @@ def main(args: Sequence[str] | None = None) -> int:
         except OSError as error:
             parser.exit(1, f"error: {error}\n")
     return 0 if len(rows) == len(files) else 1
+
+
+def choose_checkpoint(name: str | None) -> Path:
+    """The checkpoint called `name`; without one, the best of the newest run or the trained one.
+
+    Raises:
+        FileNotFoundError: If there is none of that name.
+    """
+    logs = Path("lightning_logs")
+    try:
+        return find_checkpoint(name or "best", logs)
+    except FileNotFoundError:
+        if name:
+            raise
+    print(f"No run in {logs}/: using {relative(PRETRAINED)}", file=sys.stderr)
+    return PRETRAINED
 
 
 def table_path(text: str) -> Path:

@@ -22,6 +22,8 @@ from torch import nn
 
 from cifar_resnet.convert import convert_state_dict
 
+# Trained weights that come with the project; docs/results.md describes them.
+PRETRAINED = Path(__file__).absolute().parents[1] / "weights" / "resnet20.ckpt"
 # What a checkpoint of this project holds, and what it holds besides if training can resume from it.
 ENTRIES = {
     "state_dict": dict,

@@ -31,7 +31,8 @@ class ConvMuon(SGD):
     much of the kernel a step replaces.
 
     The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
-    for each, as in `max_lr: [0.03, 0.2]`.
+    for each, as in `max_lr: [0.03, 0.2]`. Without one give `lr` on the command line, which else
+    keeps that of the default optimizer.
 
     Args:
         params: All parameters of a network, in their order.
@@ -51,7 +52,7 @@ class ConvMuon(SGD):
         steps: int = 3,
         sgd_lr: float = 0.2,
         sgd_momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        weight_decay: float = 0.0,
     ) -> None:
         params = list(params)
         kernels = [p for p in params if p.ndim == 4][1:]

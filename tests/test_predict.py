@@ -150,7 +150,7 @@ def test_no_table_without_a_readable_file(
         ([], "the following arguments are required: images"),
         (["nowhere.png"], "there is no image at 'nowhere.png'"),
         (["pets", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
-        (["pets"], "no run in lightning_logs/ has a best.ckpt: train one with python train.py fit"),
+        (["pets", "--ckpt=best"], "no run in lightning_logs/ has a best.ckpt: train one"),
         (["pets", "--ckpt=pets/a.png"], "pets/a.png is not a checkpoint"),
         (
             ["pets", "--ckpt=vgg.pth"],
