@@ -25,10 +25,11 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 class ConvMuon(SGD):
     """Muon (Jordan et al. 2024) for all convolutions but the first, Nesterov SGD for the rest.
 
-    A kernel is seen as a matrix with a row for each output channel. As in airbench (Jordan 2024,
-    arXiv:2404.00498) its update is its orthogonalized momentum, and its norm stays the square root
-    of the number of rows: batch normalisation cancels the norm, so that the learning rate is how
-    much of the kernel a step replaces.
+    A kernel is seen as a matrix with a row for each output channel, and its update is its
+    orthogonalized momentum (kellerjordan.github.io/posts/muon). As in the code of airbench
+    (github.com/KellerJordan/cifar10-airbench) its norm stays the square root of the number of rows:
+    batch normalisation cancels the norm, so that the learning rate is how much of the kernel a step
+    replaces. `torch.optim.Muon` takes matrices only.
 
     The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
     for each, as in `max_lr: [0.03, 0.2]`. Without one give `lr` on the command line, which else
