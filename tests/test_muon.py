@@ -52,7 +52,9 @@ def test_other_parameters_move_as_by_torchs_sgd(gradients: list[Tensor]) -> None
 
 @pytest.mark.parametrize("shape", [(16, 27), (64, 16)])
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
-    values = torch.linalg.svdvals(orthogonalize(1e3 * parameter(*shape), steps=5))
+    matrix = orthogonalize(1e3 * parameter(*shape), steps=5)
+    assert matrix.shape == shape
+    values = torch.linalg.svdvals(matrix)
     assert values.min() > 0.5
     assert values.max() < 1.5
 
