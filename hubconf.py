@@ -13,11 +13,11 @@ dependencies = ["torch", "lightning", "torchmetrics", "jsonargparse"]
 def resnet20(pretrained: bool = False) -> ResNetModule:
     """A ResNet-20 with option A shortcuts (He et al. 2015, arXiv:1512.03385), for CIFAR-10.
 
-    It maps float images (N, 3, 32, 32) in [0, 1] to logits (N, 10): input scaling is part of it.
+    It maps float images (N, 3, 32, 32) in [0, 1] to logits (N, 10).
 
     Args:
-        pretrained: Take the weights of `weights/resnet20.ckpt`. The network is then in eval mode,
-            and `class_names` has the names of the logits.
+        pretrained: Take the weights of `weights/resnet20.ckpt`, and their scaling of the input. The
+            network is then in eval mode, and `class_names` has the names of the logits.
     """
     if pretrained:
         return ResNetModule.from_checkpoint(read_checkpoint(PRETRAINED))

@@ -112,8 +112,8 @@ class ResNet(nn.Module):
 
     A 3×3 stem, three stages of `width`, 2·`width` and 4·`width` channels, the second and third
     starting with stride 2, global average pooling, and a linear head. Its depth in the paper's
-    count is 2·sum(`layers`) + 2: (3, 3, 3) is ResNet-20, (18, 18, 18) ResNet-110. The parameters
-    are named as torchvision names them: layer1 to layer3 are the stages, downsample the shortcuts.
+    count is 2·sum(`layers`) + 2: (3, 3, 3) is ResNet-20, (18, 18, 18) ResNet-110. Stages, blocks
+    and shortcuts are named as in torchvision: layer1 to layer3, conv1, bn1, ..., downsample.
 
     Args:
         layers: Number of blocks in each of the three stages.
@@ -135,17 +135,17 @@ class ResNet(nn.Module):
         super().__init__()
         block = partial(PreActBlock if preactivation else BasicBlock, shortcut=shortcut)
 
-        def stage(index: int) -> nn.Sequential:
-            channels, stride = width * 2**index, 1 if index == 0 else 2
-            first = block(width if index == 0 else channels // 2, channels, stride)
-            rest = (block(channels, channels, 1) for _ in range(layers[index] - 1))
-            return nn.Sequential(first, *rest)
+        def stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+            rest = (block(channels, channels, stride=1) for _ in range(blocks - 1))
+            return nn.Sequential(block(in_channels, channels, stride), *rest)
 
         self.preactivation = preactivation
         self.conv = conv(3, width)
         # Preactivation blocks begin with BN and ReLU, so theirs comes once, after the last block.
         self.bn = nn.BatchNorm2d(4 * width if preactivation else width)
-        self.layer1, self.layer2, self.layer3 = stage(0), stage(1), stage(2)
+        self.layer1 = stage(layers[0], width, width, stride=1)
+        self.layer2 = stage(layers[1], width, 2 * width, stride=2)
+        self.layer3 = stage(layers[2], 2 * width, 4 * width, stride=2)
         self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class ResNetModule(LightningModule):
             raise ValueError("input_mean and input_std belong together: give both or neither")
         self.save_hyperparameters(ignore=["compile"], logger=False)
         for name in ("optimizer", "lr_scheduler"):
-            # From the command line they are plain data; from Python functions, which a checkpoint
+            # The command line passes plain data. Python code passes functions, which a checkpoint
             # that is read safely cannot hold.
             if callable(self.hparams[name]):
                 del self.hparams[name]
@@ -238,6 +238,11 @@ class ResNetModule(LightningModule):
         if stage != "fit":
             return
         if self.hparams["normalize"] and self.hparams["input_mean"] is None:
+            if data is None:
+                raise MisconfigurationException(
+                    "without a data module the scaling of the input is not known: give input_mean "
+                    "and input_std, or normalize=False"
+                )
             mean, std = data.channel_statistics()
             self.mean.copy_(mean.view(3, 1, 1))
             self.std.copy_(std.view(3, 1, 1))
@@ -253,31 +258,32 @@ class ResNetModule(LightningModule):
         smoothing = self.hparams["label_smoothing"] if self.training else 0.0
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
-    def update_metrics(self, metrics: MetricCollection, logits: Tensor, labels: Tensor) -> Tensor:
-        """Updates loss and accuracy; returns the loss (N,) of each image."""
+    def shared_step(
+        self, batch: tuple[Tensor, Tensor], metrics: MetricCollection
+    ) -> tuple[Tensor, Tensor]:
+        """Updates the metrics; returns the loss (N,) and the logits (N, num_classes) of a batch."""
+        images, labels = batch
+        logits = self(images)
         losses = self.losses(logits, labels)
+        # Each image's own, as a MeanMetric that does not check for NaN takes no weights.
         metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
-        return losses
+        return losses, logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = self.update_metrics(self.train_metrics, self(images), labels).mean()
+        losses, _ = self.shared_step(batch, self.train_metrics)
+        loss = losses.mean()
         if batch_idx % BAR_INTERVAL == 0:
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the logits (N, num_classes), which callbacks collect."""
-        images, labels = batch
-        self.update_metrics(self.val_metrics, logits := self(images), labels)
-        return logits
+        return self.shared_step(batch, self.val_metrics)[1]
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the logits (N, num_classes), which callbacks collect."""
-        images, labels = batch
-        self.update_metrics(self.test_metrics, logits := self(images), labels)
-        return logits
+        return self.shared_step(batch, self.test_metrics)[1]
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""
@@ -307,6 +313,7 @@ class ResNetModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         interval, options = self.hparams["lr_interval"], {}
+        # From the command line it is a functools.partial with all options of the class.
         given = getattr(self.lr_scheduler, "keywords", {})
         if given.get("total_steps", 0) is None and given.get("epochs") is None:
             if self.trainer.max_epochs == -1:
