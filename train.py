@@ -230,7 +230,10 @@ class CLI(LightningCLI):
         if config.data.val_size == 0:
             kwargs["limit_val_batches"] = 0
         kwargs["enable_model_summary"] = False  # Lightning's own
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        except TypeError as error:  # of an option, as `devices: x`: no bug
+            raise ValueError(error) from error
 
     def own_callbacks(self) -> list[Callback]:
         """What a command needs beside the defaults and the callbacks of the user."""

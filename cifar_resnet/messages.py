@@ -26,7 +26,7 @@ def one_line_errors(exit_code: int, *kinds: type[Exception]) -> Iterator[None]:
     """Ends the command with one line for an error of these kinds."""
     try:
         yield
-    except (NameError, AttributeError):
+    except (NameError, AttributeError, TypeError, LookupError, AssertionError):
         raise  # a bug of the code, whatever it was doing
     except kinds as error:
         fail(str(error) or type(error).__name__, exit_code)

@@ -133,14 +133,15 @@ def test_checkpoint_in_a_configuration_is_refused(run: Run) -> None:
     assert "ckpt must be given on the command line" in error_of(run("fit", "--config=c.yaml"))
 
 
+@pytest.mark.parametrize("kind", [NameError, AttributeError, TypeError, KeyError])
 def test_bug_while_objects_are_made_keeps_its_traceback(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def bug(*args: Any) -> None:
-        raise NameError("undefined")
+        raise kind("a bug")
 
     monkeypatch.setattr("resnet_module.make_shortcut", bug)
-    with pytest.raises(NameError, match="undefined"):
+    with pytest.raises(kind, match="a bug"):
         run("fit", *SMALL_DIGITS)
 
 
@@ -148,6 +149,7 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
     ("options", "message"),
     [
         ("fit --model.width 0", 'Parser key "model.width": Not of type PositiveInt'),
+        ("fit --data.dataset digits --trainer.devices x", "should be an int > 0"),
         ("fit --model.layers [3,3]", 'Parser key "model.layers"'),
         ("fit --model.shortcut conv5x5", "conv3x3"),
         ("fit --model.input_mean [0,0,0]", "input_mean and input_std belong together"),
