@@ -5,6 +5,8 @@
 
 The file takes images of the original size, (N, 3, H, H), uint8 or float32 in [0, 1], and gives
 probabilities (N, num_classes). Enlarging, input scaling and the names of the classes are inside.
+Without --ckpt it is the best network of the newest run or, where there is no run, the one that
+comes with the project.
 """
 
 import argparse
@@ -19,8 +21,8 @@ from torch.export import Dim, ExportedProgram
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import find_checkpoint, give_scaling, read_checkpoint
-from cifar_resnet.messages import ScriptParser
+from cifar_resnet.checkpoint import find_or_pretrained, give_scaling, read_checkpoint
+from cifar_resnet.messages import ScriptParser, relative
 from resnet_module import ResNetModule
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -46,7 +48,7 @@ class Classifier(nn.Module):
 def main(args: Sequence[str] | None = None) -> None:
     """Writes the file."""
     parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default="best", help="best or last of the newest run, or a path")
+    parser.add_argument("--ckpt", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=model_path, required=True, help="a .onnx or .pt2 file")
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
     for name in ("--input_mean", "--input_std"):
@@ -55,7 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     options = parser.parse_args(args)
     try:
-        checkpoint = read_checkpoint(find_checkpoint(options.ckpt, Path("lightning_logs")))
+        path = find_or_pretrained(options.ckpt, Path("lightning_logs"))
+        checkpoint = read_checkpoint(path)
         give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
@@ -69,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.exit(1, f"error: {error}\n")
     print(
         f"{options.output}: {options.pixels} images (N, 3, {size}, {size}) to probabilities of "
-        f"{len(module.class_names)} classes, at most {difference:.0e} from PyTorch's"
+        f"{len(module.class_names)} classes, at most {difference:.0e} from PyTorch's; "
+        f"checkpoint: {relative(path)}"
     )
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
 from cifar_resnet.checkpoint import (
-    PRETRAINED,
     atomic_write,
-    find_checkpoint,
+    find_or_pretrained,
     give_scaling,
     read_checkpoint,
 )
@@ -47,11 +46,14 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
-        checkpoint = read_checkpoint(choose_checkpoint(options.ckpt))
+        path = find_or_pretrained(options.ckpt, Path("lightning_logs"))
+        checkpoint = read_checkpoint(path)
         give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if str(path) != options.ckpt:
+        print(f"Checkpoint: {relative(path)}", file=sys.stderr)
     data = CIFARDataModule.from_checkpoint(checkpoint)
     rows = []
     for file, image in read_images(files, data.hparams["image_size"]):
@@ -66,22 +68,6 @@ def main(args: Sequence[str] | None = None) -> int:
         except OSError as error:
             parser.exit(1, f"error: {error}\n")
     return 0 if len(rows) == len(files) else 1
-
-
-def choose_checkpoint(name: str | None) -> Path:
-    """The checkpoint called `name`; without one, the best of the newest run or the trained one.
-
-    Raises:
-        FileNotFoundError: If there is none of that name.
-    """
-    logs = Path("lightning_logs")
-    try:
-        return find_checkpoint(name or "best", logs)
-    except FileNotFoundError:
-        if name:
-            raise
-    print(f"No run in {logs}/: using {relative(PRETRAINED)}", file=sys.stderr)
-    return PRETRAINED
 
 
 def table_path(text: str) -> Path:

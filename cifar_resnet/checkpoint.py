@@ -182,6 +182,20 @@ def find_checkpoint(name: str, logs: Path) -> Path:
     return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
 
 
+def find_or_pretrained(name: str | None, logs: Path) -> Path:
+    """The checkpoint called `name`; without one, the newest run's best or else `PRETRAINED`.
+
+    Raises:
+        FileNotFoundError: If there is none of that name.
+    """
+    try:
+        return find_checkpoint(name or "best", logs)
+    except FileNotFoundError:
+        if name:
+            raise
+        return PRETRAINED
+
+
 def version_number(run: Path) -> int:
     """N for the folder version_N of a run, -1 for one of another name."""
     number = run.name.removeprefix("version_")

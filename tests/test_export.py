@@ -199,7 +199,10 @@ def test_images_to_compare_on_are_the_same_each_time_and_varied() -> None:
         ),
         (["--output=m.pt2", "--pixels=int8"], "argument --pixels: invalid choice: 'int8'"),
         (["--output=m.pt2", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
-        (["--output=m.pt2"], "no run in lightning_logs/ has a best.ckpt: train one with"),
+        (
+            ["--output=m.pt2", "--ckpt=best"],
+            "no run in lightning_logs/ has a best.ckpt: train one with",
+        ),
         ([], "the following arguments are required: --output"),
     ],
 )

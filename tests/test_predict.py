@@ -99,6 +99,8 @@ def test_default_checkpoint_is_the_best_of_the_newest_run(
     save(module, "lightning_logs/version_11/checkpoints/best.ckpt")
     assert predict.main(["pets/a.png", "--output=out.json"]) == 0
     assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["class"] == NAMES[3]
+    chosen = [f"Checkpoint: lightning_logs/version_{n}/checkpoints/best.ckpt" for n in (10, 11)]
+    assert capsys.readouterr().err.splitlines() == chosen
 
 
 def test_other_projects_weights_see_images_of_the_original_size(module: ResNetModule) -> None:

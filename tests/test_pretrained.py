@@ -50,4 +50,4 @@ def test_predict_uses_them_where_there_is_no_run(
     assert predict.main(["sky.png"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1].split()[1] in CLASSES
-    assert err == f"No run in lightning_logs/: using {PRETRAINED}\n"
+    assert err == f"Checkpoint: {PRETRAINED}\n"
