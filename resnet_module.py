@@ -278,12 +278,14 @@ class ResNetModule(LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the logits (N, num_classes), which callbacks collect."""
-        return self.shared_step(batch, self.val_metrics)[1]
+        """Returns the probabilities (N, num_classes), float32, which callbacks collect."""
+        _, logits = self.shared_step(batch, self.val_metrics)
+        return logits.float().softmax(dim=1)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the logits (N, num_classes), which callbacks collect."""
-        return self.shared_step(batch, self.test_metrics)[1]
+        """Returns the probabilities (N, num_classes), float32, which callbacks collect."""
+        _, logits = self.shared_step(batch, self.test_metrics)
+        return logits.float().softmax(dim=1)
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""

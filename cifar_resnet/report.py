@@ -42,19 +42,14 @@ class Predictions(Metric):
         for name in ("probabilities", "labels", "positions"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds the next images of this process.
-
-        Args:
-            logits: (N, C) logits or log-probabilities.
-            labels: (N,) int64.
-        """
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Adds the next images of this process: probabilities (N, C) and labels (N,) int64."""
         rank, processes = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         first = sum(len(part) for part in self.labels)
         indices = torch.arange(first, first + len(labels), device=labels.device)
-        self.probabilities.append(logits.detach().float().softmax(dim=1))
+        self.probabilities.append(probabilities)
         self.labels.append(labels)
         self.positions.append(indices * processes + rank)
 
@@ -68,7 +63,7 @@ class Predictions(Metric):
 class PredictionCollector(Callback):
     """Collects the predictions of `validate`, `test` and `predict`.
 
-    The steps of the module must return logits (N, C), `predict_step` probabilities (N, C).
+    The steps of the module must return probabilities (N, C) float32.
 
     Args:
         mirror: Show the network the mirror image of each image, too.
@@ -100,21 +95,9 @@ class PredictionCollector(Callback):
         if self.means:
             with trainer.precision_plugin.forward_context():
                 mirrored = pl_module(images.flip(3))
-            mean = (outputs.float().softmax(1) + mirrored.float().softmax(1)) / 2
-            self.means.update(mean.log(), labels)
+            self.means.update((outputs + mirrored.float().softmax(dim=1)) / 2, labels)
 
-    on_test_batch_end = on_validation_batch_end
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.on_validation_batch_end(trainer, pl_module, outputs.log(), batch, batch_idx)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = self.predictions.compute()
