@@ -3,9 +3,9 @@
 # next start resumes the run after the last whole epoch, until all epochs are done. So --time has to
 # be long enough for several epochs.
 #
-#   sbatch recipes/slurm.sh --config recipes/seed.yaml    # with any options of train.py fit
+#   sbatch recipes/slurm.sh --config recipes/note.yaml    # with any options of train.py fit
 #
-# Tested with SLURM 22.05 and two processes on one machine without GPUs, not on several nodes.
+# Tried with SLURM 22.05 and two processes on one machine without GPUs, not on several nodes.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
