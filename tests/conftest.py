@@ -20,13 +20,17 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
+# Bit-identical runs and runs of several processes are the CPU's.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import train
 from cifar_resnet.datasets import CIFAR, DATASETS
 
 torch.set_num_threads(1)  # the networks here are too small to share out
 
 TRAIN_IMAGES, TEST_IMAGES = 250, 60
-TINY = ["--model.layers=[1,1,1]", "--model.width=4"]
+FLOAT32 = "--trainer.precision=32-true"  # whether the CPU has bf16 or not
+TINY = ["--model.layers=[1,1,1]", "--model.width=4", FLOAT32]
 SMALL_DIGITS = ["--data.dataset=digits", "--data.val_size=200", "--data.batch_size=200", *TINY]
 
 
@@ -103,7 +107,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.chdir(tmp_path)
 
     def command(*args: str) -> Outcome:
-        quiet = ["--trainer.enable_model_summary=false", "--pictures.every_n_epochs=0"]
+        quiet = ["--trainer.enable_model_summary=false", "--pictures.every_n_epochs=0", FLOAT32]
         code = 0
         capfd.readouterr()
         try:

@@ -186,7 +186,6 @@ def test_errors_are_one_line(run: Run, options: str, message: str) -> None:
     assert message in error_of(run(*options.split()))
 
 
-@pytest.mark.skipif(train.GPU_FOUND, reason="there is a GPU")
 def test_missing_gpu_is_reported(run: Run) -> None:
     outcome = run("fit", *SMALL_DIGITS, "--trainer.fast_dev_run=true")
     assert outcome.code == 0, outcome.err

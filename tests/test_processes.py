@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_DIGITS, Run, Start, Started
+from conftest import FLOAT32, SMALL_DIGITS, Run, Start, Started
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import train
@@ -154,7 +154,7 @@ def test_results_of_three_processes_are_those_of_one(
         folder = tmp_path / str(processes)
         folder.mkdir()
         checkpoint = shutil.copy(two / LAST, folder)
-        args = [command, f"--ckpt={checkpoint}", "--data.eval_batch_size=7", "--mirror"]
+        args = [command, f"--ckpt={checkpoint}", "--data.eval_batch_size=7", "--mirror", FLOAT32]
         if processes == 1:
             assert run(*args).code == 0
         else:
