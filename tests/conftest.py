@@ -9,6 +9,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -165,6 +166,14 @@ def be_the_command(args: tuple[str, ...], folder: Path, output: Path, env: dict[
     torch.set_num_threads(1)
     sys.argv = ["train.py", *args]
     train.main()
+
+
+def wait_for(path: Path) -> None:
+    """Waits until a process has written a file."""
+    deadline = time.monotonic() + 120
+    while not path.is_file():
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.02)
 
 
 Start = Callable[..., Started]

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FLOAT32, SMALL_DIGITS, Run, Start, Started
+from conftest import FLOAT32, SMALL_DIGITS, Run, Start, Started, wait_for
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import train
@@ -92,13 +91,6 @@ def start_several(start: Start, processes: int, *args: str) -> list[Started]:
 def wait(*started: Started, code: int = 0) -> None:
     for process in started:
         assert process.wait() == code, process.out
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.is_file():
-        assert time.monotonic() < deadline, f"{path} was not written"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -212,16 +204,18 @@ Launch = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def launch() -> Iterator[Launch]:
-    """Starts a command as a group of processes, as a shell does; it prints to out.txt."""
+    """Starts a command as a group of processes, as a shell does; it prints to out.txt or a pipe."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def command(*args: str, folder: Path, **env: str) -> subprocess.Popen[bytes]:
+    def command(
+        *args: str, folder: Path, pipe: bool = False, **env: str
+    ) -> subprocess.Popen[bytes]:
         with (folder / "out.txt").open("a") as out:
             process = subprocess.Popen(
                 args,
                 cwd=folder,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-                stdout=out,
+                stdout=subprocess.PIPE if pipe else out,
                 stderr=subprocess.STDOUT,
                 process_group=0,
                 # A job in the background ignores Ctrl-C, and so would what it starts.
@@ -238,12 +232,14 @@ def launch() -> Iterator[Launch]:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_processes_of_lightnings_launcher(launch: Launch, tmp_path: Path) -> None:
+    """All of them: what they print to ends only when none is left."""
     script = [sys.executable, str(PROJECT / "train.py")]
     options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    started = launch(*script, *ENDLESS, *options, folder=tmp_path)
+    started = launch(*script, *ENDLESS, *options, folder=tmp_path, pipe=True)
     wait_for(tmp_path / LAST)
     os.killpg(started.pid, signal.SIGINT)
-    assert started.wait(60) != 0
+    started.communicate(timeout=60)
+    assert started.returncode != 0
     load_whole_epochs(tmp_path / LAST)
 
 
