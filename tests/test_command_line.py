@@ -1,6 +1,7 @@
 """The command line: a checkpoint's options under explicit flags, reports, errors in one line."""
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_DIGITS, DigitsRun, Outcome, Run
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 import train
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet.augment import evaluation_view
 from cifar_resnet.checkpoint import read_checkpoint
 from resnet_module import ResNet, ResNetModule
 
@@ -73,9 +77,23 @@ def test_reports_lie_beside_the_checkpoint(run: Run, best: Path) -> None:
     test, validation = (
         json.loads(best.with_name(f"{n}.json").read_text()) for n in ("test", "validate")
     )
-    assert 0 <= test["acc_mirrored"] <= 1
     assert "acc_mirrored" not in validation
     assert (test["images"], validation["images"]) == (360, 200)
+    assert test["sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+
+
+def test_mirrored_accuracy_is_that_of_the_mean_of_both_probabilities(run: Run, best: Path) -> None:
+    assert run("test", "--ckpt", str(best), "--mirror").code == 0
+    report = json.loads(best.with_name("test.json").read_text())
+    checkpoint = read_checkpoint(best)
+    module, data = (c.from_checkpoint(checkpoint) for c in (ResNetModule, CIFARDataModule))
+    data.setup("test")
+    images = evaluation_view(data.test_set.images / 255, data.evaluation)
+    with torch.no_grad():
+        mean = (module(images).softmax(1) + module(images.flip(3)).softmax(1)) / 2
+    expected = float((mean.argmax(1) == data.test_set.labels).double().mean())
+    assert report["acc_mirrored"] == pytest.approx(expected)
+    assert report["acc_mirrored"] != report["acc"]
 
 
 def test_predictions_of_the_test_images(run: Run, best: Path) -> None:
@@ -190,6 +208,50 @@ def test_missing_gpu_is_reported(run: Run) -> None:
     outcome = run("fit", *SMALL_DIGITS, "--trainer.fast_dev_run=true")
     assert outcome.code == 0, outcome.err
     assert "No GPU found: running on the CPU" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "cpu", "precision"),
+    [
+        ("auto", None, None, "32-true"),
+        ("auto", None, "avx512_bf16", "bf16-mixed"),
+        ("auto", None, "amx_bf16", "bf16-mixed"),
+        ("gpu", "with bf16", None, "bf16-mixed"),
+        ("auto", "without", "avx512_bf16", "32-true"),
+        ("auto", "Apple's", "avx512_bf16", "32-true"),
+        ("cpu", "with bf16", None, "32-true"),
+        ("cpu", "without", "amx_bf16", "bf16-mixed"),
+    ],
+)
+def test_default_precision_is_what_the_device_computes_in(
+    accelerator: str,
+    gpu: str | None,
+    cpu: str | None,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = gpu in ("with bf16", "without")
+    for kind, found in ((CUDAAccelerator, cuda), (MPSAccelerator, gpu == "Apple's")):
+        monkeypatch.setattr(kind, "is_available", lambda found=found: found)
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or gpu == "with bf16"
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, cpu: True})
+    assert train.native_precision(accelerator) == precision
+
+
+def test_run_without_a_precision_takes_the_devices(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "native_precision", lambda accelerator: "bf16-mixed")
+    options = ["--trainer.precision=null", "--trainer.limit_train_batches=1"]
+    outcome = run("fit", *SMALL_DIGITS, *options, "--trainer.max_epochs=1")
+    assert outcome.code == 0, outcome.err
+    assert "Precision: bf16-mixed, which the hardware computes natively\n" in outcome.out
+    (start,) = json.loads(Path("lightning_logs/version_0/run.json").read_text())
+    assert start["precision"] == "bf16-mixed"
 
 
 def test_missing_compiler_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

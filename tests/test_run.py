@@ -199,6 +199,22 @@ def test_time_limit_counts_from_each_start(run: Run, small: list[str]) -> None:
     assert read_checkpoint(last)["epoch"] == 1
 
 
+def test_run_branches_off_from_an_earlier_checkpoint(run: Run, small: list[str]) -> None:
+    options = ["--periodic_checkpoint.every_n_epochs=2", "--trainer.max_epochs=5"]
+    assert run("fit", *small, *options).code == 0
+    saved = {file.name: file for file in RUN.glob("checkpoints/epoch_*.ckpt")}
+    assert {name: read_checkpoint(file)["epoch"] for name, file in saved.items()} == {
+        "epoch_1.ckpt": 1,  # epochs count from 0 here
+        "epoch_3.ckpt": 3,
+    }
+    before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    earlier = ["--ckpt", str(saved["epoch_1.ckpt"]), "--trainer.max_epochs=3"]
+    assert run("fit", *earlier).code == 0
+    assert {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()} == before
+    assert read_checkpoint(LOGS / "version_1/checkpoints/last.ckpt")["epoch"] == 2
+    assert [epoch for epoch, _ in read_scalars(LOGS / "version_1")["train/loss"]] == [3]
+
+
 def test_finished_run_is_left_as_it_is(run: Run, small: list[str]) -> None:
     assert run("fit", *small, "--trainer.max_epochs=1").code == 0
     before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
