@@ -29,7 +29,8 @@ def gradients() -> list[Tensor]:
 
 def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor]) -> None:
     kernel, matrix = parameter(8, 4, 3, 3), parameter(8, 36)
-    ours = ConvMuon([parameter(8, 3, 3, 3), kernel], lr=0.1, momentum=0.6, steps=3)
+    options = {"lr": 0.1, "momentum": 0.6, "steps": 3, "weight_decay": 0.5}  # of the rest alone
+    ours = ConvMuon([parameter(8, 3, 3, 3), kernel], **options)
     torchs = Muon([matrix], lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
     for gradient in gradients:
         train(ours, [kernel], [gradient])
