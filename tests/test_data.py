@@ -20,6 +20,7 @@ from torchvision.transforms import functional as tv
 import cifar_datamodule
 from cifar_datamodule import CIFARDataModule, channel_statistics
 from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip
+from cifar_resnet.datasets import DATASETS, Digits
 
 COUNTS = {"train": 6, "val": 3, "test": 2}  # images of each class in `pets`
 
@@ -173,15 +174,16 @@ def test_every_training_image_once_per_epoch_in_a_new_order(cifar10: Path) -> No
     first, second = images[:200], images[200:]
     assert not torch.equal(first, second)
 
-    def as_a_set(images: Tensor) -> set[bytes]:
-        return {image.numpy().tobytes() for image in images.contiguous()}
+    def contents(images: Tensor) -> list[bytes]:
+        return [image.numpy().tobytes() for image in images.contiguous()]
 
     held_out, _ = all_of(seen["val"][:1])
-    assert as_a_set(first) == as_a_set(second)
-    assert len(as_a_set(first)) == 200
-    everything = torch.from_numpy(CIFAR10(cifar10).data).permute(0, 3, 1, 2) / 255
-    assert as_a_set(first) | as_a_set(held_out) == as_a_set(everything)
-    assert len(labels) == 400
+    assert set(contents(first)) == set(contents(second))
+    assert len(set(contents(first))) == 200
+    everything = contents(native_images(cifar10) / 255)
+    assert set(contents(first)) | set(contents(held_out)) == set(everything)
+    label_of = dict(zip(everything, CIFAR10(cifar10).targets, strict=True))
+    assert labels.tolist() == [label_of[image] for image in contents(images)]
 
 
 def test_validation_split_is_stratified_and_the_same_for_every_seed(cifar10: Path) -> None:
@@ -296,6 +298,21 @@ def test_statistics_are_those_of_the_training_images(cifar10: Path) -> None:
     torch.testing.assert_close(mean, images.mean((0, 2, 3)).float())
     torch.testing.assert_close(std, images.std((0, 2, 3), correction=0).float())
     assert (channel_statistics(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[1] > 0).all()
+
+
+def test_data_set_is_prepared_in_root_with_the_mirrors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[tuple[Path, list[str]]] = []
+
+    class Noted(Digits):
+        def prepare(self, root: Path, urls: Any) -> None:
+            prepared.append((root, urls))
+
+    monkeypatch.setitem(DATASETS, "digits", Noted())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    CIFARDataModule("~/images", "digits", urls=["http://my.mirror/a"]).prepare_data()
+    assert prepared == [(tmp_path / "images", ["http://my.mirror/a"])]
 
 
 def test_cifar100_by_one_option(cifar100: Path) -> None:
