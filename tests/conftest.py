@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from torchvision.datasets import CIFAR10, CIFAR100
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import train
+from cifar_datamodule import CIFARDataModule
 from cifar_resnet.datasets import CIFAR, DATASETS
+from resnet_module import ResNetModule
 
 torch.set_num_threads(1)  # the networks here are too small to share out
 
@@ -88,6 +91,24 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with 250 + 60 images of noise in CIFAR-100's format."""
     return write_cifar(tmp_path / "cifar", CIFAR100, monkeypatch)
+
+
+def save_checkpoint(
+    path: Path, module: ResNetModule, names: Sequence[str], epoch: int = 0, **data: Any
+) -> None:
+    """Writes a checkpoint as `fit` does; the network's data set need not exist."""
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "datamodule_hyper_parameters": dict(CIFARDataModule(**{"dataset": "gone"} | data).hparams),
+        "class_names": [*names],
+        "epoch": epoch,
+        "global_step": 1,
+        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import speed
 import time_to_accuracy
 import torch
 import yaml
+from conftest import TINY, Run, save_checkpoint
 from scipy import stats
 from sklearn.metrics import accuracy_score
 from torch import Tensor
+from torch.optim import Adam
 from torchvision.datasets import CIFAR10
 
 from cifar_datamodule import CIFARDataModule
@@ -61,19 +64,10 @@ def test_other_options_data_and_devices_have_their_own_lines(row: accuracy.Row) 
     assert [line[3] for line in accuracy.summarize(rows)] == ["1"] * 5
 
 
-def write_checkpoint(path: Path, module: ResNetModule | None = None, epoch: int = 0) -> None:
+def write_checkpoint(path: Path, epoch: int = 0, dataset: str = "digits") -> None:
     """Writes what a run of the digits would."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Any] = {
-        "pytorch-lightning_version": "2.6.0",
-        "state_dict": module.state_dict() if module else {},
-        "hyper_parameters": dict(module.hparams) if module else {},
-        "datamodule_hyper_parameters": {"dataset": "digits"},
-        "class_names": [str(digit) for digit in range(10)],
-        "epoch": epoch,
-        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
-    }
-    torch.save(parts, path)
+    module = ResNetModule(layers=(1, 1, 1), width=4)
+    save_checkpoint(path, module, "0123456789", epoch, dataset=dataset)
 
 
 class FakeTraining:
@@ -89,7 +83,8 @@ class FakeTraining:
         write_checkpoint(checkpoints / "last.ckpt", epoch=completed - 1)
         config = {"trainer": {"max_epochs": EPOCHS}, "data": {"val_size": self.val_size}}
         (self.run / "config.yaml").write_text(yaml.safe_dump(config))
-        date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - 100))
+        os.utime(checkpoints / "last.ckpt", (1000, 1000))
+        date = "1970-01-01T00:15:00+00:00"  # 900 s
         start = {"date": date, "commit": None, "device": "cpu", "precision": "32-true"}
         figures = {"threads": 1, "versions": {}, "data": {"dataset": "digits"}}
         (self.run / "run.json").write_text(json.dumps([start | figures]))
@@ -122,7 +117,7 @@ def test_run_is_started_resumed_or_left(
     assert fake.calls == [*expected, "validate --ckpt best", "test --ckpt best"]
     assert (row["recipe"], row["seed"], row["options"]) == ("recipe", 3, "--a=b")
     assert (row["val"], row["test"], row["test_mirrored"]) == (25.0, 50.0, 75.0)
-    assert 99 <= row["seconds"] <= 110
+    assert row["seconds"] == 100
 
 
 def test_run_without_validation_images_is_only_tested(
@@ -170,16 +165,12 @@ def test_measured_run_is_skipped(
     assert "| fast --a=b | cifar10 | cpu, 32-true | 2 | 90.00 ± 0.00" in out
 
 
-@pytest.mark.parametrize(
-    ("script", "code"),
-    [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143)],
-    ids=["exit code", "signal"],
-)
+@pytest.mark.parametrize(("ended", "code"), [(3, 3), (-15, 143)], ids=["exit code", "signal"])
 def test_failed_command_ends_the_measurement(
-    script: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ended: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "train.py").write_text(script)
-    monkeypatch.setattr(accuracy, "PROJECT", tmp_path)
+    done = subprocess.CompletedProcess([], ended)
+    monkeypatch.setattr(subprocess, "run", lambda command: done)
     with pytest.raises(SystemExit) as end:
         accuracy.train_py("fit")
     assert end.value.code == code
@@ -234,6 +225,17 @@ def test_compared_actions_run_in_turn_after_a_warm_up(monkeypatch: pytest.Monkey
     rates = speed.measure_rates(actions, rounds=2)
     assert "".join(calls) == "ababab"
     assert rates == {"a": [6 / 6, 6 / 10], "b": [80 / 8, 80 / 12]}
+
+
+def test_evaluation_and_steps_are_measured_by_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # whatever is measured takes a second
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    assert speed.measure_evaluation(2, 50) == {"this project": [50, 50], "the note": [50, 50]}
+    grid = {"layers": (1, 9), "width": (4, 9), "batch_size": (8, 9), "image_size": (36, 99)}
+    monkeypatch.setattr(speed, "GRID", grid)
+    milliseconds = {name: [10.0] for name in ("the defaults", "layers 1", "width 4")}
+    milliseconds |= {"batch_size 8": [125.0], "image_size 36": [10.0]}
+    assert speed.measure_scaling(rounds=1, values=1) == milliseconds
 
 
 def test_random_images_replace_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,35 +294,39 @@ def test_unknown_side_is_refused(
 @pytest.mark.slow
 def test_speed_is_measured(tmp_path: Path) -> None:
     output = tmp_path / "speed.json"
-    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--quick", "--sides=C,D"]
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--quick", "--sides=A,B,C,D"]
     command.append(f"--output={output}")
     done = subprocess.run(
         [*command, f"--data.root={tmp_path}"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())["results"]
-    assert "\n| C/D |" in done.stdout
-    assert len(results["ratio"]["C/D"]) == 2
+    for ratio in ("C/A", "C/B", "C/D"):
+        assert f"\n| {ratio} |" in done.stdout
+        assert len(results["ratio"][ratio]) == 2
     for rows in results.values():
         assert all(value > 0 for values in rows.values() for value in values)
 
 
-@pytest.mark.slow
-def test_digits_are_measured_once(tmp_path: Path) -> None:
-    results = tmp_path / "rows.jsonl"
-    recipe = str(BENCHMARKS.parent / "recipes" / "digits.yaml")
-    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), recipe, "--seeds", "3"]
-    command += ["--runs", str(tmp_path), "--results", str(results), "--", "--trainer.max_epochs=1"]
-    command.append("--model.width=4")
-    subprocess.run(command, capture_output=True, check=True)
-    (row,) = accuracy.read_rows(results)
-    assert row["seed"] == 3
-    for name in ("val", "test", "test_mirrored"):
-        assert 0 < row[name] <= 100
-    results.unlink()  # the row is lost, but not the run
-    again = subprocess.run(command, capture_output=True, check=True, text=True)
-    assert accuracy.read_rows(results) == [row]
-    assert "Epoch 1/1" not in again.stdout
+def test_digits_are_measured_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verbs: list[str] = []
+
+    def train_py(*arguments: str) -> None:
+        verbs.append(arguments[0])
+        assert run(*arguments).code == 0
+
+    monkeypatch.setattr(accuracy, "train_py", train_py)
+    recipe = BENCHMARKS.parent / "recipes" / "digits.yaml"
+    measure = partial(accuracy.measure, recipe, 3, [*TINY, "--trainer.max_epochs=1"])
+    row = measure(tmp_path / "runs", "data")
+    (tested,) = tmp_path.rglob("test.json")
+    report = json.loads(tested.read_text())
+    assert row["test"] == pytest.approx(100 * report["acc"], abs=0.005)
+    assert row["test_mirrored"] == pytest.approx(100 * report["acc_mirrored"], abs=0.005)
+    assert measure(tmp_path / "runs", "data") == row  # the row is lost, but not the run
+    assert verbs == ["fit", "validate", "test", "validate", "test"]
 
 
 def run_batch_statistics(*arguments: str) -> None:
@@ -329,18 +335,29 @@ def run_batch_statistics(*arguments: str) -> None:
         batch_statistics.main()
 
 
+def trained_on_darker_images(images: Tensor, labels: Tensor) -> ResNetModule:
+    """A network that knows some digits, but whose running statistics are those of darker ones."""
+    torch.manual_seed(0)
+    module = ResNetModule(layers=(1, 1, 1), width=4).train()
+    optimizer = Adam(module.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        module.losses(module(images[:50]), labels[:50]).mean().backward()
+        optimizer.step()
+    for _ in range(20):
+        module(images[:50] / 4)
+    return module
+
+
 def test_batch_statistics_are_those_of_each_hundred_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And leave the network's own as they are for what is measured afterwards."""
-    torch.manual_seed(0)
-    module = ResNetModule(layers=(1, 1, 1), width=4)
     data = CIFARDataModule(dataset="digits")
     data.setup("test")
     images, labels = data.test_set.images / 255, data.test_set.labels
-    for _ in range(20):
-        module.train()(images[:50] / 4)  # its running statistics are those of darker images
-    write_checkpoint(tmp_path / "run.ckpt", module)
+    module = trained_on_darker_images(images, labels)
+    save_checkpoint(tmp_path / "run.ckpt", module, "0123456789", dataset="digits")
     run_batch_statistics(str(tmp_path / "run.ckpt"))
     lines = [line.rsplit(None, 2) for line in capsys.readouterr().out.splitlines()]
     found = {name: float(percent) for name, percent, _ in lines}
@@ -348,6 +365,7 @@ def test_batch_statistics_are_those_of_each_hundred_images(
     def percent(*logits: Tensor) -> Any:
         return pytest.approx(100 * accuracy_score(labels, torch.cat(logits).argmax(1)), abs=0.3)
 
+    assert found["native batch statistics"] > found["native eval mode"] + 10
     for view in ("native", "zoom", "crop"):
         shown = evaluation_view(images, view)
         assert found[f"{view:6} eval mode"] == percent(module.eval()(shown))
@@ -374,10 +392,7 @@ def test_wrong_checkpoint_is_one_line(
 
 
 def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_checkpoint(tmp_path / "run.ckpt", ResNetModule(layers=(1, 1, 1), width=4))
-    content = torch.load(tmp_path / "run.ckpt")
-    content["datamodule_hyper_parameters"]["dataset"] = str(tmp_path / "nowhere")
-    torch.save(content, tmp_path / "run.ckpt")
+    write_checkpoint(tmp_path / "run.ckpt", dataset=str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit) as end:
         run_batch_statistics(str(tmp_path / "run.ckpt"))
     assert end.value.code == 2

@@ -10,33 +10,23 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import save_checkpoint
 from torch import Tensor
 from torchvision.transforms import functional
 
 import export
-from cifar_datamodule import CIFARDataModule
 from resnet_module import ResNetModule
 
 NAMES = ["ant", "bee", "döner"]
 
 
 def save(path: Path, **data: Any) -> ResNetModule:
-    """Writes a checkpoint as `fit` does; the network's data set need not exist."""
+    """Writes a checkpoint; the network's data set need not exist."""
     torch.manual_seed(0)
     scaling: dict[str, Any] = {"input_mean": (0.5, 0.4, 0.3), "input_std": (0.2, 0.3, 0.4)}
     module = ResNetModule(**scaling, layers=(1, 1, 1), width=4, num_classes=len(NAMES))
     torch.nn.init.normal_(module.network.fc.weight)  # else every image is as likely in each class
-    checkpoint = {
-        "pytorch-lightning_version": "2.6.0",
-        "state_dict": module.state_dict(),
-        "hyper_parameters": dict(module.hparams),
-        "datamodule_hyper_parameters": dict(CIFARDataModule(dataset="gone", **data).hparams),
-        "class_names": NAMES,
-        "epoch": 0,
-        "global_step": 1,
-        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
-    }
-    torch.save(checkpoint, path)
+    save_checkpoint(path, module, NAMES, **data)
     return module.eval()
 
 
@@ -172,6 +162,17 @@ def test_a_file_that_differs_from_pytorch_is_not_written(
     assert capsys.readouterr().err == message
     assert Path("model.pt2").read_text() == "old"
     assert sorted(path.name for path in Path().iterdir()) == ["best.ckpt", "model.pt2"]
+
+
+def test_scaling_of_other_projects_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[ResNetModule] = []
+    monkeypatch.setattr(export, "export", lambda module, *_: exported.append(module) or 0.0)
+    torch.save(save(tmp_path / "best.ckpt").network.state_dict(), tmp_path / "bare.pth")
+    command = [f"--ckpt={tmp_path / 'bare.pth'}", f"--output={tmp_path / 'model.pt2'}"]
+    scaling = ["--input_mean", "0.1", "0.2", "0.3", "--input_std", "0.4", "0.5", "0.6"]
+    export.main([*command, *scaling])
+    assert exported[0].mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert exported[0].std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
 def test_images_to_compare_on_are_the_same_each_time_and_varied() -> None:

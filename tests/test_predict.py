@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_checkpoint
 from PIL import Image
 from torchvision.transforms import functional
 
 import predict
-from cifar_datamodule import CIFARDataModule
 from resnet_module import ResNetModule
 
 NAMES = ["ant", "bee, wasp", "[cow]", "döner"]
@@ -25,7 +25,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResNetModule:
     torch.manual_seed(0)
     module = ResNetModule(layers=(1, 1, 1), width=4, num_classes=len(NAMES))
     torch.nn.init.normal_(module.network.fc.weight)  # else every image is as likely in each class
-    save(module, "best.ckpt")
+    save_checkpoint(Path("best.ckpt"), module, NAMES)
     Path("pets/old").mkdir(parents=True)
     for name, size in (("a.png", (32, 32)), ("b.png", (64, 48)), ("old/c.png", (33, 200))):
         array = np.random.default_rng(size).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -33,27 +33,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResNetModule:
     return module.eval()
 
 
-def save(module: ResNetModule, path: str, dataset: str = "gone") -> None:
-    """Writes a checkpoint as `fit` does; the network's data set need not exist."""
-    data = CIFARDataModule(dataset=dataset)
-    checkpoint = {
-        "pytorch-lightning_version": "2.6.0",
-        "state_dict": module.state_dict(),
-        "hyper_parameters": dict(module.hparams),
-        "datamodule_hyper_parameters": dict(data.hparams),
-        "class_names": NAMES,
-        "epoch": 0,
-        "global_step": 1,
-        **{"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
-    }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, path)
-
-
-def expected(module: ResNetModule, file: str) -> list[tuple[str, float]]:
+def expected(module: ResNetModule, file: str, size: int = 32) -> list[tuple[str, float]]:
     """Class and probability, best first, of an image as torchvision resizes it."""
-    square = functional.center_crop(functional.resize(Image.open(file), 32), [32, 32])
-    enlarged = functional.resize(functional.to_tensor(square), [40, 40])  # zoom is the default
+    square = functional.center_crop(functional.resize(Image.open(file), size), [size, size])
+    zoomed = [size * 5 // 4] * 2  # the default
+    enlarged = functional.resize(functional.to_tensor(square), zoomed)
     with torch.no_grad():
         shares = module(enlarged[None]).softmax(dim=1)[0]
     return sorted(zip(NAMES, shares.tolist(), strict=True), key=lambda pair: -pair[1])
@@ -88,15 +72,24 @@ def test_json_has_the_same_rows(module: ResNetModule) -> None:
     assert row["probability"] == pytest.approx(share, abs=1e-4)
 
 
+def test_images_have_the_size_of_the_training(module: ResNetModule) -> None:
+    save_checkpoint(Path("large.ckpt"), module, NAMES, image_size=48)
+    assert predict.main(["pets/b.png", "--ckpt=large.ckpt", "--output=out.json"]) == 0
+    (row,) = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    name, share = expected(module, "pets/b.png", size=48)[0]
+    assert row["class"] == name
+    assert row["probability"] == pytest.approx(share, abs=1e-4)
+
+
 def test_default_checkpoint_is_the_best_of_the_newest_run(
     module: ResNetModule, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(module, "lightning_logs/version_10/checkpoints/best.ckpt")
+    save_checkpoint(Path("lightning_logs/version_10/checkpoints/best.ckpt"), module, NAMES)
     module.network.fc.bias.data.add_(torch.tensor([0, 0, 0, 1e4]))
-    save(module, "lightning_logs/version_9/checkpoints/best.ckpt")
+    save_checkpoint(Path("lightning_logs/version_9/checkpoints/best.ckpt"), module, NAMES)
     assert predict.main(["pets/a.png", "--output=out.json"]) == 0
     assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["probability"] < 1
-    save(module, "lightning_logs/version_11/checkpoints/best.ckpt")
+    save_checkpoint(Path("lightning_logs/version_11/checkpoints/best.ckpt"), module, NAMES)
     assert predict.main(["pets/a.png", "--output=out.json"]) == 0
     assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["class"] == NAMES[3]
     chosen = [f"Checkpoint: lightning_logs/version_{n}/checkpoints/best.ckpt" for n in (10, 11)]
@@ -158,12 +151,25 @@ def test_no_table_without_a_readable_file(
             ["pets", "--ckpt=vgg.pth"],
             "vgg.pth is not a network of this project: it has no conv.weight",
         ),
+        (
+            ["pets", "--ckpt=bare.pth", "--input_mean", *"111", "--input_std", *"101"],
+            "input_std is [1.0, 0.0, 1.0]: each must be more than 0",
+        ),
+        (
+            ["pets", "--ckpt=bare.pth", "--input_mean", *"111"],
+            "input_mean and input_std belong together",
+        ),
+        (
+            ["pets", "--ckpt=bare.pth", "--input_std", *"111"],
+            "input_mean and input_std belong together",
+        ),
     ],
 )
 def test_user_errors_are_one_line(
     module: ResNetModule, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
     torch.save({"features.0.weight": torch.zeros(1)}, "vgg.pth")
+    torch.save(module.network.state_dict(), "bare.pth")
     with pytest.raises(SystemExit) as end:
         predict.main(args)
     out, err = capsys.readouterr()
