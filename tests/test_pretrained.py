@@ -7,7 +7,10 @@ import torch
 from PIL import Image
 
 import predict
-from cifar_resnet.checkpoint import PRETRAINED
+from cifar_datamodule import CIFARDataModule
+from cifar_resnet.augment import evaluation_view
+from cifar_resnet.checkpoint import PRETRAINED, read_checkpoint
+from cifar_resnet.datasets import read_square
 from resnet_module import ResNetModule
 
 PROJECT = Path(__file__).absolute().parents[1]
@@ -49,5 +52,10 @@ def test_predict_uses_them_where_there_is_no_run(
     Image.new("RGB", (50, 40), "skyblue").save("sky.png")
     assert predict.main(["sky.png"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[1].split()[1] in CLASSES
+    image = read_square("sky.png", 32)[None] / 255
+    evaluation = CIFARDataModule.from_checkpoint(read_checkpoint(PRETRAINED)).evaluation
+    with torch.inference_mode():
+        shares = load_from_hub(pretrained=True)(evaluation_view(image, evaluation)).softmax(1)[0]
+    best = [f"{CLASSES[i]} {shares[i]:.4f}" for i in shares.topk(3).indices]
+    assert " ".join(out.splitlines()[1].split()) == " ".join(["sky.png", *best])
     assert err == f"Checkpoint: {PRETRAINED}\n"

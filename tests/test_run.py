@@ -73,7 +73,9 @@ def test_resumed_run_keeps_folder_and_best_with_any_logger(
     assert len(json.loads(claimed.read_text())) == 2
     assert best.read_bytes() == content
     assert read_checkpoint(best.with_name("last.ckpt"))["epoch"] == 1
-    assert f"Checkpoint: {best}\n" in run("test", "--ckpt").out
+    tested = run("test", "--ckpt")
+    assert tested.code == 0, tested.err
+    assert f"Checkpoint: {best}\n" in tested.out
 
 
 def test_checkpoint_named_by_a_metric_has_a_folder(run: Run, small: list[str]) -> None:
@@ -82,7 +84,9 @@ def test_checkpoint_named_by_a_metric_has_a_folder(run: Run, small: list[str]) -
     options = [*small, *(f"--trainer.callbacks{o}" for o in own), "--trainer.max_epochs=1"]
     assert run("fit", *options).code == 0
     (saved,) = (RUN / "more_checkpoints").glob("eepoch=0-val/loss=*.ckpt")
-    assert f"Checkpoint: {saved}\n" in run("test", "--ckpt", str(saved)).out
+    tested = run("test", "--ckpt", str(saved))
+    assert tested.code == 0, tested.err
+    assert f"Checkpoint: {saved}\n" in tested.out
 
 
 def test_checkpoints_of_the_user_leave_the_runs_own_alone(run: Run, small: list[str]) -> None:
@@ -233,6 +237,7 @@ def test_root_in_a_configuration_is_not_passed_over(run: Run, small: list[str]) 
     assert outcome.code == 2
     assert "error: trainer.default_root_dir is 'elsewhere' in a configuration" in outcome.err
     found = run("test", "--config=c.yaml", "--trainer.default_root_dir=elsewhere")
+    assert found.code == 0, found.err
     assert "Checkpoint: elsewhere/lightning_logs/version_0/checkpoints/best.ckpt" in found.out
 
 
@@ -243,7 +248,9 @@ def test_root_may_begin_with_a_tilde(
     root = "--trainer.default_root_dir=~/runs"
     assert run("fit", *small, "--trainer.max_epochs=1", root).code == 0
     checkpoints = "home/runs/lightning_logs/version_0/checkpoints"
-    assert f"Checkpoint: {checkpoints}/best.ckpt" in run("test", root).out
+    tested = run("test", root)
+    assert tested.code == 0, tested.err
+    assert f"Checkpoint: {checkpoints}/best.ckpt" in tested.out
     assert run("fit", "--ckpt=last", "--trainer.max_epochs=2", root).code == 0
 
 
