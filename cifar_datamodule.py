@@ -32,7 +32,7 @@ from cifar_resnet.augment import (
     resize,
 )
 from cifar_resnet.checkpoint import known_options
-from cifar_resnet.datasets import DataSet, HasValidation, LabelledImages, find_dataset
+from cifar_resnet.datasets import HasValidation, ImageSource, LabelledImages, find_dataset
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
@@ -136,7 +136,7 @@ class CIFARDataModule(LightningDataModule):
         return "zoom" if self.hparams["augmentation"] == "zoom" else "native"
 
     @property
-    def _dataset(self) -> DataSet:
+    def _dataset(self) -> ImageSource:
         return find_dataset(self.hparams["dataset"], self.hparams["image_size"])
 
     def prepare_data(self) -> None:

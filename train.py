@@ -147,7 +147,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Sets the defaults that depend on the hardware; refuses impossible options."""
         config = self.config[self.subcommand]
-        config.data.seed = int(config.seed_everything)  # `true` has become Lightning's choice
+        config.data.seed = int(config.seed_everything)  # for `true` Lightning drew one
         with one_line_errors(2, Exception):
             self.check(config)
         config.ckpt = None  # a saved configuration starts a new run
@@ -296,7 +296,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
     for callback in callbacks:
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
             raise ValueError(
-                f"{type(callback).__name__} would train with what config.yaml does not name: "
+                f"{type(callback).__name__} changes options that config.yaml then lacks: "
                 "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
             )
 

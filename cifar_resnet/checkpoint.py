@@ -61,7 +61,11 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's, but writes atomically and never runs code that a checkpoint holds."""
+    """Lightning's, but writes atomically and never runs code that a checkpoint holds.
+
+    Lightning writes to the temporary folder first. Where that is on another disk, what then
+    replaces the old checkpoint is a copy, which a kill can cut short.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None

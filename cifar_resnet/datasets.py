@@ -1,6 +1,6 @@
 """Where images come from: CIFAR, scikit-learn's digits, folders of images, single files.
 
-To add a data set, write a class that fits the protocol `DataSet` and add a line to `DATASETS`.
+To add a data set, write a class that fits the protocol `ImageSource` and add a line to `DATASETS`.
 """
 
 import os
@@ -39,7 +39,7 @@ class LabelledImages(NamedTuple):
     class_names: list[str]
 
 
-class DataSet(Protocol):
+class ImageSource(Protocol):
     """What the data module needs of a data set."""
 
     @property
@@ -296,7 +296,7 @@ class ImageFolderDataset:
         return parts
 
 
-DATASETS: dict[str, DataSet] = {
+DATASETS: dict[str, ImageSource] = {
     "cifar10": CIFAR(
         CIFAR10,
         num_classes=10,
@@ -311,7 +311,7 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
-def find_dataset(name: str, image_size: int) -> DataSet:
+def find_dataset(name: str, image_size: int) -> ImageSource:
     """The data set with this name in `DATASETS`, or else the folder of images at this path.
 
     Raises:

@@ -32,8 +32,8 @@ class ConvMuon(SGD):
     replaces. `torch.optim.Muon` takes matrices only.
 
     The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
-    for each, as in `max_lr: [0.03, 0.2]`. Without one give `lr` on the command line, which else
-    keeps that of the default optimizer.
+    for each, as in `max_lr: [0.03, 0.2]`. Without a scheduler give `lr`: the command line would
+    fill in that of the default optimizer.
 
     Args:
         params: All parameters of a network, in their order.

@@ -30,9 +30,9 @@ from cifar_resnet import datasets
 from cifar_resnet.datasets import (
     CIFAR,
     DATASETS,
-    DataSet,
     Digits,
     ImageFolderDataset,
+    ImageSource,
     LabelledImages,
     find_dataset,
     image_files,
@@ -130,7 +130,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "root"
 
 
-def error_of(data: DataSet, root: Path, *urls: str) -> str:
+def error_of(data: ImageSource, root: Path, *urls: str) -> str:
     """The message of a failing `prepare`: one line that names the data set and the folder."""
     with pytest.raises(OSError, match="CIFAR10") as error:
         data.prepare(root, urls)
