@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
@@ -88,6 +89,12 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def small(cifar10: Path) -> list[str]:
+    """Options of a run whose epochs have 64 + 64 + 64 + 8 images."""
+    return [f"--data.root={cifar10}", "--data.val_size=50", "--data.batch_size=64", *TINY]
+
+
+@pytest.fixture
 def cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with 250 + 60 images of noise in CIFAR-100's format."""
     return write_cifar(tmp_path / "cifar", CIFAR100, monkeypatch)
@@ -109,6 +116,27 @@ def save_checkpoint(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, path)
+
+
+class Malice:
+    """What, read as a pickle, runs code: it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """As on a full disk, a write fails in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @dataclass

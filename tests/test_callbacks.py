@@ -1,7 +1,9 @@
 """What happens beside training: checks, summaries, and when pictures are drawn."""
 
+import itertools
 import math
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, DigitsRun, Run
+from conftest import DigitsRun, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary
@@ -36,12 +38,6 @@ from resnet_module import ResNetModule
 
 RUN = Path("lightning_logs/version_0")
 CYCLE = partial(OneCycleLR, max_lr=0.1, total_steps=3)
-
-
-@pytest.fixture
-def small(cifar10: Path) -> list[str]:
-    """Options of a run whose epochs have 64 + 64 + 64 + 8 images."""
-    return [f"--data.root={cifar10}", "--data.val_size=50", "--data.batch_size=64", *TINY]
 
 
 def fit(
@@ -240,20 +236,36 @@ def test_epochs_without_validation_show_none(run: Run, small: list[str]) -> None
 
 
 @pytest.mark.parametrize("epochs", [-1, 9])
-@pytest.mark.parametrize("end", ["max_steps=6", "max_time=00:00:00:01"])
-def test_run_that_ends_early_shows_no_time_left_at_its_end(
-    run: Run, small: list[str], end: str, epochs: int
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("max_steps=6", ""),
+        ("max_time=00:00:00:01", "The run was ended by trainer.max_time\n"),
+    ],
+)
+def test_run_that_ends_early_shows_why_and_no_time_left_at_its_end(
+    run: Run, small: list[str], monkeypatch: pytest.MonkeyPatch, end: str, reason: str, epochs: int
 ) -> None:
+    ticks = itertools.count(step=0.1)  # a second is over in the second epoch
+    timers = SimpleNamespace(monotonic=lambda: next(ticks))
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", timers)
     outcome = run("fit", *small, f"--trainer.max_epochs={epochs}", f"--trainer.{end}")
     assert outcome.code == 0, outcome.err
-    *lines, last = epoch_lines(outcome.out)
+    first, second = epoch_lines(outcome.out)
     left = r"  \d:\d\d:\d\d left" if epochs > 0 else ""
-    for line in lines:
-        assert re.fullmatch(rf"Epoch \d+(/9)?  train/loss .* images/s{left}", line)
-    assert re.fullmatch(r"Epoch \d+(/9)?  train/loss .* images/s", last)
-    if end == "max_steps=6":  # an epoch of 4 and one of 2
-        assert len(lines) == 1
-        assert "The run ended within epoch 2, which is not saved\n" in outcome.out
+    assert re.fullmatch(rf"Epoch 1(/9)?  train/loss .* images/s{left}", first)
+    assert re.fullmatch(r"Epoch 2(/9)?  train/loss .* images/s", second)
+    assert f"The run ended within epoch 2, which is not saved\n{reason}Best" in outcome.out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_bar_is_for_terminals(
+    run: Run, small: list[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    outcome = run("fit", *small, "--trainer.max_epochs=1")
+    assert outcome.code == 0, outcome.err
+    assert ("it/s" in outcome.out) == terminal
 
 
 def test_time_left_follows_from_the_epochs_since_the_resume(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DigitsRun, Run
+from conftest import DigitsRun, Malice, Run
 from lightning.pytorch import Trainer
 
 from cifar_resnet.checkpoint import (
@@ -53,11 +53,6 @@ def test_checkpoint_appears_only_when_whole(
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["a"], torch.ones(3))
 
 
-class Malice:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("it ran"),)
-
-
 @pytest.mark.parametrize("setting", [None, "1"])
 def test_code_in_a_checkpoint_never_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
@@ -65,7 +60,7 @@ def test_code_in_a_checkpoint_never_runs(
     monkeypatch.chdir(tmp_path)
     if setting:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", setting)
-    torch.save({"state_dict": Malice()}, "bad.ckpt")
+    torch.save({"state_dict": Malice(Path("it ran"))}, "bad.ckpt")
     with pytest.raises(ValueError, match=r"bad\.ckpt is not a checkpoint, or holds more than"):
         read_checkpoint(Path("bad.ckpt"))
     with pytest.raises(pickle.UnpicklingError):

@@ -3,14 +3,11 @@
 import hashlib
 import pickle
 import re
-import resource
 import shutil
 import socket
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -21,6 +18,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from conftest import Malice, file_size_limit
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torchvision import transforms
@@ -243,12 +241,9 @@ BATCHES = [CIFAR10.train_list[2][0], CIFAR10.test_list[0][0], CIFAR10.meta["file
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_unverified_pickles_never_run(cifar: CIFAR, whole: Path, tmp_path: Path, name: str) -> None:
-    class Malice:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "it ran",)
-
+    malice = Malice(tmp_path / "it ran")
     path = whole / FOLDER / name
-    write_pickle(path, Malice())
+    write_pickle(path, malice)
     with pytest.raises(MisconfigurationException, match=f"{path} is missing or damaged.*digits"):
         cifar.load(whole, train=name != "test_batch")
     cifar.prepare(whole, [])  # from the archive
@@ -257,19 +252,8 @@ def test_unverified_pickles_never_run(cifar: CIFAR, whole: Path, tmp_path: Path,
     path.unlink()
     assert f"{path} is missing or damaged" in error_of(cifar, whole)
     assert not (tmp_path / "it ran").exists()
-    pickle.loads(pickle.dumps(Malice()))
+    pickle.loads(pickle.dumps(malice))
     assert (tmp_path / "it ran").exists()
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """As on a full disk, a write fails in the middle of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_asks_no_other_mirror(cifar: CIFAR, archive: bytes, root: Path) -> None:
