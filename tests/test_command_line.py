@@ -41,21 +41,6 @@ def error_of(outcome: Outcome, code: int = 2) -> str:
     return line
 
 
-def test_saved_configuration_repeats_the_run(run: Run) -> None:
-    options = ["--data.batch_size=100", "--trainer.max_epochs=1", "--seed_everything=4"]
-    first = run("fit", *SMALL_DIGITS, *options, "--model.shortcut=pad")
-    assert first.code == 0, first.err
-    second = run("fit", "--config=lightning_logs/version_0/config.yaml")
-    assert second.code == 0, second.err
-    assert config_of(0) == config_of(1)
-    states = [
-        read_checkpoint(Path(f"lightning_logs/version_{v}/checkpoints/last.ckpt")) for v in (0, 1)
-    ]
-    assert states[0]["datamodule_hyper_parameters"]["seed"] == 4
-    for name, value in states[0]["state_dict"].items():
-        assert torch.equal(value, states[1]["state_dict"][name])
-
-
 def test_checkpoint_brings_its_options(run: Run, best: Path) -> None:
     """Data, network and scaling need not be given again; explicit flags override the data's."""
     outcome = run("test", "--ckpt", str(best))
@@ -170,20 +155,14 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
     [
         ("fit --model.width 0", 'Parser key "model.width": Not of type PositiveInt'),
         ("fit --data.dataset digits --trainer.devices x", "should be an int > 0"),
-        ("fit --model.layers [3,3]", 'Parser key "model.layers"'),
-        ("fit --model.shortcut conv5x5", "conv3x3"),
         ("fit --model.input_mean [0,0,0]", "input_mean and input_std belong together"),
-        ("fit --data.batch_size -1", 'Parser key "data.batch_size"'),
         ("fit --data.cutout -1", 'Parser key "data.cutout"'),
         ("fit --data.cutout 33", "cutout is 33: at most image_size, 32"),
         ("fit --data.bach_size 3", "unrecognized arguments: --data.bach_size"),
         ("fit --data.dataset cifar11", "dataset is 'cifar11': choose cifar10, cifar100, digits"),
-        ("fit --model.optimizer Adem", 'Parser key "model.optimizer"'),
+        ("fit --model.optimizer.lr -1", "Invalid learning rate: -1"),
         ("fit --model.lr_scheduler CosineAnnealingLR", "T_max"),
-        ("fit --trainer.max_epochs soon", 'Parser key "trainer.max_epochs"'),
         ("fit --trainer.accelerator gpu", "No supported gpu backend found"),
-        ("fit --trainer.precision 7", 'Parser key "trainer.precision"'),
-        ("fit --config nowhere.yaml", "nowhere.yaml"),
         ("fit --config broken.yaml", "Problems parsing config"),
         ("fit --mirror", "mirror is an option of test and validate"),
         ("fit --ckpt", "has a last.ckpt"),

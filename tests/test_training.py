@@ -198,14 +198,6 @@ def test_open_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 8
 
 
-def test_run_longer_than_its_cycle_is_refused(cifar10: Path, tmp_path: Path) -> None:
-    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=7)
-    module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
-    with pytest.raises(MisconfigurationException, match=r"takes 8 steps, .* has only 7"):
-        fit(module, small_data(cifar10), tmp_path)
-    assert not (tmp_path / "metrics.csv").exists()
-
-
 def test_cycle_of_an_endless_run_is_refused(cifar10: Path, tmp_path: Path) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
     module = ResNetModule(lr_scheduler=cycle, **SMALL)
