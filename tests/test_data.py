@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -330,14 +331,22 @@ def test_image_size_resizes_what_is_loaded(cifar10: Path) -> None:
     assert seen["val"][0][0].shape == (50, 3, 80, 80)
 
 
-def test_evaluation_batches_suit_the_device(cifar10: Path) -> None:
+def test_evaluation_batches_on_a_cpu(cifar10: Path) -> None:
     def sizes(**options: Any) -> list[int]:
         data = CIFARDataModule(str(cifar10), val_size=120, **options)
         data.setup("fit")
         return [len(labels) for _, labels, _ in data.val_dataloader()]
 
-    assert sizes() == [100, 20]  # on a CPU
+    assert sizes() == [100, 20]
     assert sizes(eval_batch_size=50) == [50, 50, 20]
+
+
+def test_evaluation_batches_of_another_device_are_large(cifar10: Path) -> None:
+    data: Any = CIFARDataModule(str(cifar10), val_size=50)
+    data.setup("fit")
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    data.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
+    assert data.val_dataloader().batch_size == 1000
 
 
 @pytest.mark.parametrize("val_size", [5, 246, 250, 5000])
