@@ -76,7 +76,7 @@ class StopInEpoch(Callback):
 
 @pytest.fixture
 def steps25(small: list[str]) -> list[str]:
-    """Such a run, of few images."""
+    """Options of a run whose epochs have 25 steps of 8 images."""
     return [*small, "--data.batch_size=8", *SHORT]
 
 
