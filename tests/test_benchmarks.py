@@ -22,7 +22,7 @@ import speed
 import time_to_accuracy
 import torch
 import yaml
-from conftest import TINY, Run, save_checkpoint
+from conftest import SMALL_DIGITS, Run, save_checkpoint
 from scipy import stats
 from sklearn.metrics import accuracy_score
 from torch import Tensor
@@ -230,7 +230,8 @@ def test_compared_actions_run_in_turn_after_a_warm_up(monkeypatch: pytest.Monkey
 def test_evaluation_and_steps_are_measured_by_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()  # whatever is measured takes a second
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    assert speed.measure_evaluation(2, 50) == {"this project": [50, 50], "the note": [50, 50]}
+    monkeypatch.setattr(speed, "WARM_UP", 0)
+    assert speed.measure_evaluation(2, 20) == {"this project": [20, 20], "the note": [20, 20]}
     grid = {"layers": (1, 9), "width": (4, 9), "batch_size": (8, 9), "image_size": (36, 99)}
     monkeypatch.setattr(speed, "GRID", grid)
     milliseconds = {name: [10.0] for name in ("the defaults", "layers 1", "width 4")}
@@ -319,7 +320,7 @@ def test_digits_are_measured_once(
 
     monkeypatch.setattr(accuracy, "train_py", train_py)
     recipe = BENCHMARKS.parent / "recipes" / "digits.yaml"
-    measure = partial(accuracy.measure, recipe, 3, [*TINY, "--trainer.max_epochs=1"])
+    measure = partial(accuracy.measure, recipe, 3, [*SMALL_DIGITS, "--trainer.max_epochs=1"])
     row = measure(tmp_path / "runs", "data")
     (tested,) = tmp_path.rglob("test.json")
     report = json.loads(tested.read_text())
