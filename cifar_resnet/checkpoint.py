@@ -144,7 +144,7 @@ class BestCheckpoint(EpochCheckpoint):
 
 
 class PeriodicCheckpoint(EpochCheckpoint):
-    """Keeps every nth epoch in epoch_N.ckpt.
+    """Keeps every nth epoch in epoch_N.ckpt; N counts from 0, as Lightning does.
 
     Args:
         every_n_epochs: Epochs from one checkpoint to the next; 0 saves none.
