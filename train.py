@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    ProgressBar,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from cifar_datamodule import CIFARDataModule
@@ -49,14 +44,18 @@ from cifar_resnet.checkpoint import (
     EpochCheckpoint,
     PeriodicCheckpoint,
     atomic_write,
-    changed_options,
-    check_model_options,
-    check_resume,
     completed_epochs,
     find_checkpoint,
     known_options,
     load_weights,
     read_checkpoint,
+)
+from cifar_resnet.checks import (
+    changed_options,
+    check_callbacks,
+    check_model_options,
+    check_options,
+    check_resume,
 )
 from cifar_resnet.datasets import LabelledImages
 from cifar_resnet.messages import (
@@ -73,13 +72,6 @@ from resnet_module import ResNet, ResNetModule
 LOGS = "lightning_logs"
 ORDER = "A later option overrides an earlier one, and so does a --config: flags go behind it."
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
-# Options that, when 0, leave a command nothing to do.
-LIMITS = {
-    "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
-    "validate": ("limit_val_batches",),
-    "test": ("limit_test_batches",),
-    "predict": ("limit_predict_batches",),
-}
 
 
 class CLI(LightningCLI):
@@ -163,20 +155,7 @@ class CLI(LightningCLI):
         """Refuses impossible options before anything is made or written."""
         if config.ckpt and self.path is None:
             raise ValueError("ckpt must be given on the command line, not in a configuration")
-        if config.mirror and self.subcommand not in ("test", "validate"):
-            raise ValueError("mirror is an option of test and validate")
-        if self.subcommand == "validate" and config.data.val_size == 0:
-            raise ValueError("data.val_size is 0: there are no validation images")
-        for limit in LIMITS[str(self.subcommand)]:
-            if config.trainer[limit] == 0:
-                raise ValueError(f"trainer.{limit} is 0: there is nothing to {self.subcommand}")
-        if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
-            raise ValueError(
-                f"trainer.strategy is {config.trainer.strategy}, whose processes no signal ends: "
-                "give ddp"
-            )
-        if config.model.compile and self.subcommand == "fit":
-            torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
+        check_options(str(self.subcommand), config)
         if self.path is not None:
             self.check_against_checkpoint(config)
 
@@ -285,20 +264,6 @@ class CLI(LightningCLI):
             rows = prediction_rows(*self.collector.result, self.model.class_names)
             atomic_write(file, to_csv(rows))
             print(f"Predictions of the test images: {relative(file)}")
-
-
-def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuses callbacks that change an option.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    for callback in callbacks:
-        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-            raise ValueError(
-                f"{type(callback).__name__} changes options that config.yaml then lacks: "
-                "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
-            )
 
 
 def as_list(option: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, found by name, read safely, checked before a run resumes.
+"""Checkpoints: written atomically, found by name, read safely, loaded into a network.
 
 A checkpoint is what `read_checkpoint` returns: the dictionary that Lightning saves, or one with the
 same entries that is made of another project's weights.
@@ -7,7 +7,6 @@ same entries that is made of another project's weights.
 import contextlib
 import inspect
 import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -289,68 +288,3 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
                 "width, shortcut, dataset, ...)"
             )
     module.load_state_dict(weights)
-
-
-def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested options as {"optimizer.init_args.lr": "0.001"}.
-
-    The values are JSON, which makes no difference between tuples and lists.
-    """
-    flat: dict[str, str] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            flat[f"{prefix}{name}"] = json.dumps(value.get("class_path"))
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = json.dumps(value)
-    return flat
-
-
-def changed_options(
-    options: Mapping[str, Any], stored: Mapping[str, Any]
-) -> dict[str, tuple[str, str]]:
-    """(before, now) of each option that differs from the one stored in a checkpoint."""
-    before, now = flatten(stored), flatten(options)
-    return {n: (before[n], v) for n, v in now.items() if n in before and before[n] != v}
-
-
-def check_model_options(model: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses model options that differ from those a checkpoint was trained with.
-
-    Raises:
-        ValueError: With the first that differs.
-    """
-    for name, (before, now) in changed_options(model, checkpoint["hyper_parameters"]).items():
-        raise ValueError(
-            f"model.{name} is {now}, but the checkpoint was trained with {before}: leave it out, "
-            "or begin a new run"
-        )
-
-
-def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a run that could not resume as it would have gone on.
-
-    Args:
-        config: All options of `fit`.
-        checkpoint: The one that the run is to resume from.
-
-    Raises:
-        ValueError: With the reason.
-    """
-    if not is_resumable(checkpoint):
-        raise ValueError("ckpt holds weights only, from which fit cannot go on; test can use them")
-    progress = checkpoint["loops"].get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    if not progress.get("is_last_batch") or "interrupted_epoch" in checkpoint:
-        raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
-    trainer, done = config["trainer"], completed_epochs(checkpoint)
-    if trainer["max_steps"] != -1:
-        raise ValueError(
-            "trainer.max_steps cannot end a resumed run: give --trainer.max_steps=-1 and "
-            "--trainer.max_epochs"
-        )
-    if trainer["max_epochs"] is not None and 0 <= trainer["max_epochs"] < done:
-        raise ValueError(
-            f"trainer.max_epochs is {trainer['max_epochs']}, but the checkpoint has {done} epochs "
-            "behind it"
-        )
-    check_model_options(config["model"], checkpoint)

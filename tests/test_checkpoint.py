@@ -16,12 +16,12 @@ from cifar_resnet.checkpoint import (
     AtomicCheckpointIO,
     EpochCheckpoint,
     atomic_write,
-    check_resume,
     completed_epochs,
     find_checkpoint,
     load_weights,
     read_checkpoint,
 )
+from cifar_resnet.checks import check_resume
 from resnet_module import ResNetModule
 
 OLDER = Path(__file__).with_name("older.ckpt")

@@ -1,0 +1,124 @@
+"""Options that are refused before a command begins, because of it or of its checkpoint."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+
+from cifar_resnet.checkpoint import completed_epochs, is_resumable
+
+# Options that, when 0, leave a command nothing to do.
+LIMITS = {
+    "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
+
+
+def check_options(command: str, config: Any) -> None:
+    """Refuses options with which a command cannot do what it is for.
+
+    Args:
+        command: fit, validate, test or predict.
+        config: All its options.
+
+    Raises:
+        ValueError: With the first of them.
+    """
+    if config.mirror and command not in ("test", "validate"):
+        raise ValueError("mirror is an option of test and validate")
+    if command == "validate" and config.data.val_size == 0:
+        raise ValueError("data.val_size is 0: there are no validation images")
+    for limit in LIMITS[command]:
+        if config.trainer[limit] == 0:
+            raise ValueError(f"trainer.{limit} is 0: there is nothing to {command}")
+    if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
+        raise ValueError(
+            f"trainer.strategy is {config.trainer.strategy}, whose processes no signal ends: "
+            "give ddp"
+        )
+    if config.model.compile and command == "fit":
+        torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuses callbacks that change an option.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for callback in callbacks:
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            raise ValueError(
+                f"{type(callback).__name__} changes options that config.yaml then lacks: "
+                "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
+            )
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested options as {"optimizer.init_args.lr": "0.001"}.
+
+    The values are JSON, which makes no difference between tuples and lists.
+    """
+    flat: dict[str, str] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat[f"{prefix}{name}"] = json.dumps(value.get("class_path"))
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value)
+    return flat
+
+
+def changed_options(
+    options: Mapping[str, Any], stored: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """(before, now) of each option that differs from the one stored in a checkpoint."""
+    before, now = flatten(stored), flatten(options)
+    return {n: (before[n], v) for n, v in now.items() if n in before and before[n] != v}
+
+
+def check_model_options(model: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuses model options that differ from those a checkpoint was trained with.
+
+    Raises:
+        ValueError: With the first that differs.
+    """
+    for name, (before, now) in changed_options(model, checkpoint["hyper_parameters"]).items():
+        raise ValueError(
+            f"model.{name} is {now}, but the checkpoint was trained with {before}: leave it out, "
+            "or begin a new run"
+        )
+
+
+def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a run that could not resume as it would have gone on.
+
+    Args:
+        config: All options of `fit`.
+        checkpoint: The one that the run is to resume from.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if not is_resumable(checkpoint):
+        raise ValueError("ckpt holds weights only, from which fit cannot go on; test can use them")
+    progress = checkpoint["loops"].get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    if not progress.get("is_last_batch") or "interrupted_epoch" in checkpoint:
+        raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
+    trainer, done = config["trainer"], completed_epochs(checkpoint)
+    if trainer["max_steps"] != -1:
+        raise ValueError(
+            "trainer.max_steps cannot end a resumed run: give --trainer.max_steps=-1 and "
+            "--trainer.max_epochs"
+        )
+    if trainer["max_epochs"] is not None and 0 <= trainer["max_epochs"] < done:
+        raise ValueError(
+            f"trainer.max_epochs is {trainer['max_epochs']}, but the checkpoint has {done} epochs "
+            "behind it"
+        )
+    check_model_options(config["model"], checkpoint)
