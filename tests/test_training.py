@@ -234,6 +234,13 @@ def test_without_normalisation_the_network_sees_zero_to_one(cifar10: Path, tmp_p
     torch.testing.assert_close(module(images), module.network(images))
 
 
+def test_scaling_without_a_data_module_is_asked_for(tmp_path: Path) -> None:
+    images = DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8)))
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    with pytest.raises(MisconfigurationException, match="give input_mean and input_std"):
+        trainer.fit(ResNetModule(**SMALL), images)
+
+
 def test_a_scaling_that_is_given_stays_in_training(cifar10: Path, tmp_path: Path) -> None:
     module = ResNetModule(input_mean=(0.1, 0.2, 0.3), input_std=(0.4, 0.5, 0.6), **SMALL)
     fit(module, small_data(cifar10), tmp_path, epochs=1)
