@@ -1,8 +1,8 @@
 """The data: which images train, validate and test, how they are augmented and served.
 
 All images lie in memory as one uint8 tensor and are served as whole batches. What is random in an
-epoch (order, crops, flips) follows from the seed, the epoch and the image's position alone, so that
-every run can be repeated.
+epoch (order, crops, flips) follows from the seed and the epoch alone, so that every run can be
+repeated.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ from cifar_resnet.datasets import HasValidation, ImageSource, LabelledImages, fi
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
+SEED_DISTANCE = 1_000_003  # more than any run has epochs
 
 
 class InMemoryDataset(Dataset[Batch]):
@@ -62,9 +63,9 @@ class InMemoryDataset(Dataset[Batch]):
 class CIFARDataModule(LightningDataModule):
     """CIFAR-10, CIFAR-100, handwritten digits or one's own images, for a classifier.
 
-    Batches reach the model as (images, labels): float32 (N, 3, H, W) in [0, 1] and int64 (N,).
-    Training images are shuffled and augmented anew in each epoch. Validation and test images are
-    neither, and each of them is counted exactly once, in any number of processes.
+    With a Trainer, batches reach the model as (images, labels): float32 (N, 3, H, W) in [0, 1] and
+    int64 (N,). Training images are shuffled and augmented anew in each epoch. Validation and test
+    images are neither, and each of them is counted exactly once, in any number of processes.
 
     Args:
         root: Folder where the CIFAR archives lie, or are downloaded to.
@@ -95,6 +96,7 @@ class CIFARDataModule(LightningDataModule):
     """
 
     class_names: list[str]
+    channel_statistics: tuple[Tensor, Tensor]  # mean and std (3,) of training images in [0, 1]
     checksum: str  # of the images and labels loaded last: training and validation, or test
 
     def __init__(
@@ -157,7 +159,7 @@ class CIFARDataModule(LightningDataModule):
         self.val_set = InMemoryDataset(data.images[val], data.labels[val])
         if stage == "fit":
             images = data.images[train]
-            self._statistics = channel_statistics(images)
+            self.channel_statistics = mean_and_std(images)
             canvases = pad_or_resize(images, self.hparams["augmentation"])
             self.train_set = InMemoryDataset(canvases, data.labels[train])
             self.augment = Augmenter(self._augmentations(), len(train), self.hparams["seed"])
@@ -199,18 +201,15 @@ class CIFARDataModule(LightningDataModule):
         if self.hparams["flip"]:
             augmentations.append(RandomFlip())
         if side:
-            colour = (self._statistics[0] * 255).round().to(torch.uint8)
+            colour = (self.channel_statistics[0] * 255).round().to(torch.uint8)
             augmentations.append(Cutout(side, size, colour))
         return augmentations
 
-    def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (3,), float32, of the training images in [0, 1]."""
-        return self._statistics
-
     def train_dataloader(self) -> DataLoader[Batch]:
-        # Lightning leaves this sampler alone and tells it the epoch, in any number of processes.
+        # Lightning leaves this sampler alone and tells it the epoch, in any number of processes. It
+        # shuffles by seed + epoch: of seeds side by side one would repeat the other's orders.
         sampler: DistributedSampler[Batch] = DistributedSampler(
-            self.train_set, *self._processes(), seed=self.hparams["seed"]
+            self.train_set, *self._processes(), seed=self.hparams["seed"] * SEED_DISTANCE
         )
         return self._loader(self.train_set, self.hparams["batch_size"], sampler)
 
@@ -257,7 +256,7 @@ class CIFARDataModule(LightningDataModule):
         return cls(**known_options(checkpoint["datamodule_hyper_parameters"], cls))
 
 
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,), float32, of uint8 images (N, 3, H, W) seen as [0, 1]."""
     counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)])
     share = counts.double() / counts.sum(dim=1, keepdim=True)
@@ -284,6 +283,6 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
         )
     except ValueError as error:
         raise MisconfigurationException(
-            f"val_size is {val_size} of {len(labels)} training images: {error}"
+            f"data.val_size is {val_size}, of {len(labels)} training images: {error}"
         ) from error
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))

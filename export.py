@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import find_or_pretrained, give_scaling, read_checkpoint
+from cifar_resnet.checkpoint import LOGS, find_or_pretrained, give_scaling, read_checkpoint
 from cifar_resnet.messages import ScriptParser, relative
 from resnet_module import ResNetModule
 
@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     options = parser.parse_args(args)
     try:
-        path = find_or_pretrained(options.ckpt, Path("lightning_logs"))
+        path = find_or_pretrained(options.ckpt, LOGS)
         checkpoint = read_checkpoint(path)
         give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)

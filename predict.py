@@ -20,6 +20,7 @@ from torch import Tensor
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
 from cifar_resnet.checkpoint import (
+    LOGS,
     atomic_write,
     find_or_pretrained,
     give_scaling,
@@ -46,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
-        path = find_or_pretrained(options.ckpt, Path("lightning_logs"))
+        path = find_or_pretrained(options.ckpt, LOGS)
         checkpoint = read_checkpoint(path)
         give_scaling(checkpoint, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)

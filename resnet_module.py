@@ -49,17 +49,16 @@ class PadShortcut(nn.Module):
 
 
 def make_shortcut(
-    kind: Shortcut, in_channels: int, out_channels: int, stride: int
+    kind: Shortcut, in_channels: int, out_channels: int, stride: int, norm: bool = True
 ) -> nn.Module | None:
     """The shortcut of a block; None where the identity fits."""
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "pad":
         return PadShortcut(out_channels - in_channels, stride)
-    kernel_size = 3 if kind == "conv3x3" else 1
-    return nn.Sequential(
-        conv(in_channels, out_channels, kernel_size, stride), nn.BatchNorm2d(out_channels)
-    )
+    kernel_size = {"conv3x3": 3, "conv1x1": 1}[kind]
+    projection = conv(in_channels, out_channels, kernel_size, stride)
+    return nn.Sequential(projection, nn.BatchNorm2d(out_channels)) if norm else projection
 
 
 class BasicBlock(nn.Module):
@@ -98,8 +97,7 @@ class PreActBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, stride=stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels)
-        downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
-        self.downsample = downsample[0] if isinstance(downsample, nn.Sequential) else downsample
+        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x), inplace=True)
@@ -162,15 +160,17 @@ class ResNet(nn.Module):
 class ResNetModule(LightningModule):
     """Trains, validates and tests a `ResNet` with cross-entropy; logs loss, accuracy and `lr`.
 
-    Class names and input scaling are taken from the data at the start of `fit` and travel in the
+    Class names and, in `fit`, the input scaling are taken from the data. They travel in the
     checkpoint, so that the trained network means the same wherever it is loaded.
 
     Args:
         normalize: Scale the input by mean and standard deviation of the training images, per
             channel; otherwise the network sees [0, 1].
-        optimizer: Any torch optimizer.
-        lr_scheduler: Any torch learning-rate scheduler, or none. A `OneCycleLR` whose `total_steps`
-            is null takes the whole run for its cycle.
+        optimizer: Any torch optimizer. On the command line an option that it shares with the
+            default one, such as `lr`, keeps the default's value until it is given.
+        lr_scheduler: Any torch learning-rate scheduler, or none; what it shares with the default
+            one, such as `gamma`, likewise. A `OneCycleLR` whose `total_steps` is null takes the
+            whole run for its cycle (in Python a `functools.partial` of it).
         lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
         input_mean: Subtracted from each channel of [0, 1] instead of the training images' mean:
             for a network that was trained elsewhere. Together with `input_std`.
@@ -184,7 +184,7 @@ class ResNetModule(LightningModule):
 
     mean: Tensor
     std: Tensor
-    example_input_array = torch.zeros(1, 3, 32, 32)  # of which the model summary counts FLOPs
+    example_input_array = torch.zeros(1, 3, 32, 32)  # the model summary counts FLOPs on it
 
     def __init__(
         self,
@@ -238,12 +238,12 @@ class ResNetModule(LightningModule):
         if stage != "fit":
             return
         if self.hparams["normalize"] and self.hparams["input_mean"] is None:
-            if data is None:
+            if not hasattr(data, "channel_statistics"):
                 raise MisconfigurationException(
-                    "without a data module the scaling of the input is not known: give input_mean "
-                    "and input_std, or normalize=False"
+                    "the data does not tell the scaling of the input: give input_mean and "
+                    "input_std, or normalize=False"
                 )
-            mean, std = data.channel_statistics()
+            mean, std = data.channel_statistics
             self.mean.copy_(mean.view(3, 1, 1))
             self.std.copy_(std.view(3, 1, 1))
         if self.compile_mode:
@@ -265,7 +265,7 @@ class ResNetModule(LightningModule):
         images, labels = batch
         logits = self(images)
         losses = self.losses(logits, labels)
-        # Each image's own, as a MeanMetric that does not check for NaN takes no weights.
+        # Each image's loss: that of a small last batch counts no more than others.
         metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
         return losses, logits
@@ -292,10 +292,10 @@ class ResNetModule(LightningModule):
         return self(batch[0]).float().softmax(dim=1)
 
     # Metrics are logged once per epoch: in every step it would cost more than the metrics do.
-    # Lightning draws them against "step", here the epochs done, which depend on no batch size.
+    # Logging "step" makes the epochs done the x axis of all curves.
     def on_train_epoch_start(self) -> None:
         self.lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        # Else a ModelCheckpoint would name what it saves within this epoch by the epochs done.
+        # A ModelCheckpoint that saves within this epoch would put the last one's in its file name.
         self.trainer.callback_metrics.pop("step", None)
 
     def on_train_epoch_end(self) -> None:
@@ -317,7 +317,8 @@ class ResNetModule(LightningModule):
         interval, options = self.hparams["lr_interval"], {}
         # From the command line it is a functools.partial with all options of the class.
         given = getattr(self.lr_scheduler, "keywords", {})
-        if given.get("total_steps", 0) is None and given.get("epochs") is None:
+        is_open = "total_steps" in given and given["total_steps"] is None
+        if is_open and given.get("epochs") is None:
             if self.trainer.max_epochs == -1:
                 raise MisconfigurationException(
                     "lr_scheduler.total_steps is null, but the run has no end: give it or "
@@ -358,7 +359,8 @@ class ResNetModule(LightningModule):
         return module.eval()
 
 
-# pickle finds a function by its name, and the lambdas of a signature have none.
+# The defaults are lambdas because jsonargparse reads options from the source of a lambda alone.
+# pickle finds a function by its name, which lambdas lack.
 default_optimizer = inspect.signature(ResNetModule).parameters["optimizer"].default
 default_optimizer.__qualname__ = "default_optimizer"
 default_lr_scheduler = inspect.signature(ResNetModule).parameters["lr_scheduler"].default

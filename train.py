@@ -39,6 +39,7 @@ from cifar_resnet.callbacks import (
     Throughput,
 )
 from cifar_resnet.checkpoint import (
+    LOGS,
     AtomicCheckpointIO,
     BestCheckpoint,
     EpochCheckpoint,
@@ -69,13 +70,16 @@ from cifar_resnet.report import PredictionCollector, prediction_rows, to_csv, wr
 from cifar_resnet.run import RunFolder, describe_run
 from resnet_module import ResNet, ResNetModule
 
-LOGS = "lightning_logs"
 ORDER = "A later option overrides an earlier one, and so does a --config: flags go behind it."
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
 class CLI(LightningCLI):
-    """LightningCLI with checkpoints that are found by name and bring their own options."""
+    """LightningCLI with checkpoints that are found by name and bring their own options.
+
+    The methods stand in the order in which Lightning calls them. Of the options, `config` holds
+    plain data, `config_init` the objects that are made of them.
+    """
 
     path: Path | None = None  # of the checkpoint that --ckpt names
     searched: Path | None = None  # where it was looked for, if not given as a path
@@ -230,7 +234,7 @@ class CLI(LightningCLI):
         return callbacks
 
     def fit(self, model: ResNetModule, datamodule: CIFARDataModule) -> None:
-        self.trainer.fit(model, datamodule, ckpt_path=self.path, weights_only=True)
+        self.trainer.fit(model, datamodule, ckpt_path=self.path)
 
     def test(self, model: ResNetModule, datamodule: CIFARDataModule) -> None:
         self.trainer.test(model, datamodule, verbose=False)
@@ -317,7 +321,6 @@ def main() -> None:
             trainer_defaults={
                 "accelerator": "gpu" if GPU_FOUND else "auto",
                 "max_epochs": 80,
-                "log_every_n_steps": 10,
                 "callbacks": [
                     EpochCheckpoint("last"),
                     TerminateOnNaN(),

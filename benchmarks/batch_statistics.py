@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import find_checkpoint, read_checkpoint
+from cifar_resnet.checkpoint import LOGS, find_checkpoint, read_checkpoint
 from resnet_module import ResNetModule
 
 BATCH_SIZE = 100
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--data.root", "--data_root", dest="root", help="folder of the data")
     arguments = parser.parse_args()
     try:
-        path = find_checkpoint(arguments.checkpoint, Path("lightning_logs"))
+        path = find_checkpoint(arguments.checkpoint, LOGS)
         print_accuracies(path, arguments.root)
     except (ValueError, OSError, MisconfigurationException) as error:
         parser.exit(2, f"error: {error}\n")

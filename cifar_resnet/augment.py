@@ -165,12 +165,12 @@ def pad_or_resize(images: Tensor, augmentation: str) -> Tensor:
 
     The whole training set is enlarged once, not each image in each epoch.
     """
+    if augmentation == "none":
+        return images
     if augmentation == "zoom":
         return resize(images, zoomed(images.shape[-1]))
-    if augmentation in PADDINGS:
-        padding, mode = PADDINGS[augmentation]
-        return F.pad(images, [padding] * 4, mode=mode)
-    return images
+    padding, mode = PADDINGS[augmentation]
+    return F.pad(images, [padding] * 4, mode=mode)
 
 
 def evaluation_view(images: Tensor, evaluation: Evaluation) -> Tensor:
@@ -190,5 +190,7 @@ def evaluation_view(images: Tensor, evaluation: Evaluation) -> Tensor:
     images = F.interpolate(images, zoomed(size), mode="bilinear")
     if evaluation == "zoom":
         return images
+    if evaluation != "crop":
+        raise ValueError(f"evaluation is {evaluation!r}: choose native, zoom or crop")
     border = (zoomed(size) - size) // 2
     return images[:, :, border : border + size, border : border + size]

@@ -270,9 +270,11 @@ class TensorBoardImages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         writer = self.writer(trainer)
-        # A resumed run has its graph already, and TensorBoard takes one.
-        if not writer or not trainer.is_global_zero or trainer.current_epoch > 0:
+        if not writer or not trainer.is_global_zero:
             return
+        resumed_from = Path(trainer.ckpt_path or "").absolute()
+        if resumed_from.is_relative_to(writer.log_dir):
+            return  # the run has its graph already, and TensorBoard takes one
         writer.add_custom_scalars(CHARTS)
         network = copy.deepcopy(pl_module.network).cpu().float().eval()
         side = trainer.datamodule.hparams["image_size"]  # type: ignore[attr-defined]

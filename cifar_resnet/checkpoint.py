@@ -23,6 +23,7 @@ from cifar_resnet.convert import convert_state_dict
 
 # Trained weights that come with the project; docs/results.md describes them.
 PRETRAINED = Path(__file__).absolute().parents[1] / "weights" / "resnet20.ckpt"
+LOGS = Path("lightning_logs")  # where runs go, within the Trainer's default_root_dir
 # What a checkpoint of this project holds, and what it holds besides if training can resume from it.
 ENTRIES = {
     "state_dict": dict,
@@ -45,10 +46,12 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: If it can't be written; the file from before is then still there.
     """
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")  # a file's name may not be UTF-8
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -169,7 +172,8 @@ def find_checkpoint(name: str, logs: Path) -> Path:
     """
     if name not in ("best", "last"):
         if not Path(name).is_file():
-            raise FileNotFoundError(f"ckpt is {name!r}: there is no such file")
+            reason = "that is a folder" if Path(name).is_dir() else "there is no such file"
+            raise FileNotFoundError(f"ckpt is {name!r}: {reason}")
         return Path(name)
     found = [*logs.glob("*/checkpoints/last.ckpt")]
     if name == "best":
@@ -213,6 +217,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # foreign bytes fail in any way
         reason = type(error).__name__
         raise ValueError(

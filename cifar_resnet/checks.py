@@ -33,6 +33,14 @@ def check_options(command: str, config: Any) -> None:
         raise ValueError("mirror is an option of test and validate")
     if command == "validate" and config.data.val_size == 0:
         raise ValueError("data.val_size is 0: there are no validation images")
+    if config.seed_everything is False:
+        raise ValueError("seed_everything is false: give a number, or true to have one drawn")
+    best = config.best_checkpoint
+    if best.monitor.endswith("loss") and best.mode == "max":
+        raise ValueError(
+            f"best_checkpoint.monitor is {best.monitor}, of which max would keep the worst: give "
+            "--best_checkpoint.mode min"
+        )
     for limit in LIMITS[command]:
         if config.trainer[limit] == 0:
             raise ValueError(f"trainer.{limit} is 0: there is nothing to {command}")

@@ -364,6 +364,8 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                raise ValueError("its pixels are floats, whose range is not known")
             if image.mode.startswith("I"):  # up to 65,535, which Pillow would clip at 255
                 levels = np.asarray(image) // 257
                 image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))

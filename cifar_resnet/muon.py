@@ -27,7 +27,7 @@ class ConvMuon(SGD):
 
     A kernel is seen as a matrix with a row for each output channel, and its update is its
     orthogonalized momentum (kellerjordan.github.io/posts/muon). As in the code of airbench
-    (github.com/KellerJordan/cifar10-airbench) its norm stays the square root of the number of rows:
+    (github.com/KellerJordan/cifar10-airbench) a kernel's norm stays the root of its number of rows:
     batch normalisation cancels the norm, so that the learning rate is how much of the kernel a step
     replaces. `torch.optim.Muon` takes matrices only.
 

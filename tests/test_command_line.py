@@ -168,7 +168,10 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("fit --ckpt", "has a last.ckpt"),
         ("test --ckpt", "has a best.ckpt"),
         ("test", "has a best.ckpt"),
+        ("fit --best_checkpoint.monitor val/loss", "of which max would keep the worst"),
+        ("fit --seed_everything false", "seed_everything is false: give a number"),
         ("test --ckpt nowhere.ckpt", "ckpt is 'nowhere.ckpt': there is no such file"),
+        ("test --ckpt .", "ckpt is '.': that is a folder"),
         ("validate --ckpt older.ckpt --data.val_size 0", "val_size is 0"),
         ("test --ckpt older.ckpt --trainer.limit_test_batches 0", "there is nothing to test"),
         ("validate --ckpt older.ckpt --trainer.limit_val_batches 0", "limit_val_batches is 0"),
@@ -247,7 +250,7 @@ def test_missing_compiler_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def test_errors_found_late_are_one_line(run: Run) -> None:
     outcome = run("fit", *SMALL_DIGITS, "--data.val_size=1437", "--trainer.max_epochs=1")
-    assert "val_size is 1437 of 1437 training images" in error_of(outcome, code=1)
+    assert "data.val_size is 1437, of 1437 training images" in error_of(outcome, code=1)
 
 
 def test_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

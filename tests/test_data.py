@@ -19,8 +19,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as tv
 
 import cifar_datamodule
-from cifar_datamodule import CIFARDataModule, channel_statistics
-from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip
+from cifar_datamodule import SEED_DISTANCE, CIFARDataModule, mean_and_std
+from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip, evaluation_view
 from cifar_resnet.datasets import DATASETS, Digits
 
 COUNTS = {"train": 6, "val": 3, "test": 2}  # images of each class in `pets`
@@ -80,7 +80,8 @@ def native_images(root: Path) -> Tensor:
 
 
 def order_of(epoch: int, seed: int) -> Tensor:
-    return torch.randperm(TRAIN_IMAGES, generator=torch.Generator().manual_seed(seed + epoch))
+    rng = torch.Generator().manual_seed(seed * SEED_DISTANCE + epoch)
+    return torch.randperm(TRAIN_IMAGES, generator=rng)
 
 
 @pytest.mark.parametrize("augmentation", ["zoom", "pad", "reflect", "none"])
@@ -187,6 +188,26 @@ def test_every_training_image_once_per_epoch_in_a_new_order(cifar10: Path) -> No
     assert labels.tolist() == [label_of[image] for image in contents(images)]
 
 
+def test_no_seed_repeats_the_orders_of_another(cifar10: Path) -> None:
+    orders = []
+    for seed in range(3):
+        data = CIFARDataModule(str(cifar10), val_size=50, seed=seed)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        for epoch in range(3):
+            loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+            orders.append(tuple(loader.sampler))
+    assert len(set(orders)) == len(orders)
+
+
+def test_unknown_choices_are_refused_in_python(cifar10: Path) -> None:
+    choice: Any = "zomo"
+    with pytest.raises(KeyError, match="zomo"):
+        CIFARDataModule(str(cifar10), val_size=50, augmentation=choice).setup("fit")
+    with pytest.raises(ValueError, match="evaluation is 'zomo': choose native, zoom or crop"):
+        evaluation_view(torch.zeros(1, 3, 32, 32), choice)
+
+
 def test_validation_split_is_stratified_and_the_same_for_every_seed(cifar10: Path) -> None:
     splits = []
     for seed in (0, 1):
@@ -243,7 +264,7 @@ def test_own_validation_images_replace_the_split(
     natives = files_of(pets / "train")
     assert torch.equal(data.train_set.images, natives)
     assert data.train_set.labels.tolist() == [0] * 6 + [1] * 6
-    assert torch.equal(data.channel_statistics()[0], channel_statistics(natives)[0])
+    assert torch.equal(data.channel_statistics[0], mean_and_std(natives)[0])
     recorder = Recorder()
     trainer().validate(recorder, data, verbose=False)
     assert torch.equal(all_of(recorder.seen["val"])[0], images)
@@ -294,11 +315,11 @@ def test_same_seed_same_batches(cifar10: Path) -> None:
 def test_statistics_are_those_of_the_training_images(cifar10: Path) -> None:
     data = CIFARDataModule(str(cifar10), val_size=50, augmentation="none")
     data.setup("fit")
-    mean, std = data.channel_statistics()
+    mean, std = data.channel_statistics
     images = data.train_set.images.double() / 255
     torch.testing.assert_close(mean, images.mean((0, 2, 3)).float())
     torch.testing.assert_close(std, images.std((0, 2, 3), correction=0).float())
-    assert (channel_statistics(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[1] > 0).all()
+    assert (mean_and_std(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))[1] > 0).all()
 
 
 def test_data_set_is_prepared_in_root_with_the_mirrors(
@@ -352,7 +373,7 @@ def test_evaluation_batches_of_another_device_are_large(cifar10: Path) -> None:
 @pytest.mark.parametrize("val_size", [5, 246, 250, 5000])
 def test_impossible_val_size_is_refused(cifar10: Path, val_size: int) -> None:
     data = CIFARDataModule(str(cifar10), val_size=val_size)
-    with pytest.raises(MisconfigurationException, match=f"val_size is {val_size} of 250"):
+    with pytest.raises(MisconfigurationException, match=f"data.val_size is {val_size}, of 250"):
         data.setup("fit")
 
 

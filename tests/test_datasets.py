@@ -514,6 +514,13 @@ def test_16_bits_are_scaled(tmp_path: Path, name: str) -> None:
     assert pixels(Image.fromarray(levels), tmp_path / name)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:
+    """Pillow would clip floats in [0, 1] to black."""
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="its pixels are floats"):
+        read_image(tmp_path / "a.tiff")
+
+
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6

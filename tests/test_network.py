@@ -106,6 +106,12 @@ def test_projection_shortcuts_add_their_convolutions_and_bn(shortcut: Any, kerne
     assert parameters(ResNet(shortcut=shortcut, preactivation=True)) - bare == convolutions
 
 
+def test_unknown_shortcut_is_refused() -> None:
+    shortcut: Any = "A"
+    with pytest.raises(KeyError, match="A"):
+        ResNet(shortcut=shortcut)
+
+
 @pytest.mark.parametrize("shortcut", ["conv3x3", "conv1x1", "pad"])
 @pytest.mark.parametrize("preactivation", [False, True])
 @pytest.mark.parametrize("side", [32, 33, 40, 64])

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,13 @@ def test_table_has_the_networks_three_best_classes(
     assert [[cell.group() for cell in line] for line in cells] == [list(rows[0]), *texts]
     assert len({tuple(cell.start() for cell in line) for line in cells}) == 1  # aligned
     assert err == ""
+
+
+def test_table_has_file_names_that_are_not_utf_8(module: ResNetModule) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy("pets/a.png", name)
+    assert predict.main([name, "--ckpt=best.ckpt", "--output=out.csv"]) == 0
+    assert b"caf\xe9.png" in Path("out.csv").read_bytes()
 
 
 def test_json_has_the_same_rows(module: ResNetModule) -> None:

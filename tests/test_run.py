@@ -207,10 +207,11 @@ def test_run_branches_off_from_an_earlier_checkpoint(run: Run, small: list[str])
     }
     before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
     earlier = ["--ckpt", str(saved["epoch_1.ckpt"]), "--trainer.max_epochs=3"]
-    assert run("fit", *earlier).code == 0
+    assert run("fit", *earlier, "--pictures.every_n_epochs=9").code == 0
     assert {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()} == before
     assert read_checkpoint(LOGS / "version_1/checkpoints/last.ckpt")["epoch"] == 2
     assert [epoch for epoch, _ in read_scalars(LOGS / "version_1")["train/loss"]] == [3]
+    assert EventAccumulator(str(LOGS / "version_1")).Reload().Tags()["graph"]
 
 
 def test_finished_run_is_left_as_it_is(run: Run, small: list[str]) -> None:
