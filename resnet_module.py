@@ -161,16 +161,17 @@ class ResNetModule(LightningModule):
     """Trains, validates and tests a `ResNet` with cross-entropy; logs loss, accuracy and `lr`.
 
     Class names and, in `fit`, the input scaling are taken from the data. They travel in the
-    checkpoint, so that the trained network means the same wherever it is loaded.
+    checkpoint, so that the trained network means the same wherever it is loaded. On the command
+    line another optimizer or scheduler keeps the options that it shares with the default one, such
+    as `lr` or `gamma`, unless they are given.
 
     Args:
         normalize: Scale the input by mean and standard deviation of the training images, per
             channel; otherwise the network sees [0, 1].
-        optimizer: Any torch optimizer. On the command line an option that it shares with the
-            default one, such as `lr`, keeps the default's value until it is given.
-        lr_scheduler: Any torch learning-rate scheduler, or none; what it shares with the default
-            one, such as `gamma`, likewise. A `OneCycleLR` whose `total_steps` is null takes the
-            whole run for its cycle (in Python a `functools.partial` of it).
+        optimizer: Any torch optimizer.
+        lr_scheduler: Any torch learning-rate scheduler, or none. A `OneCycleLR` whose `total_steps`
+            is null takes the whole run for its cycle; in Python give it as
+            `partial(OneCycleLR, max_lr=..., total_steps=None)`.
         lr_interval: When the scheduler steps: after each `epoch` or each optimizer `step`.
         input_mean: Subtracted from each channel of [0, 1] instead of the training images' mean:
             for a network that was trained elsewhere. Together with `input_std`.
@@ -265,7 +266,7 @@ class ResNetModule(LightningModule):
         images, labels = batch
         logits = self(images)
         losses = self.losses(logits, labels)
-        # Each image's loss: that of a small last batch counts no more than others.
+        # The loss of each image, so that all count the same, whatever the size of their batch.
         metrics["loss"].update(losses.detach())
         metrics["acc"].update(logits, labels)
         return losses, logits
