@@ -169,6 +169,8 @@ def test_newest_run_with_the_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint(path, tmp_path) == Path(path)
     with pytest.raises(FileNotFoundError, match="ckpt is 'nowhere': there is no such file"):
         find_checkpoint("nowhere", tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no run in .* has a best\.ckpt"):
         find_checkpoint("best", tmp_path / "empty")
 
