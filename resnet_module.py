@@ -5,7 +5,7 @@ scaling, loss, metrics, optimizer and learning-rate schedule.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from cifar_resnet.checkpoint import known_options, load_weights
 
 Shortcut = Literal["conv3x3", "conv1x1", "pad"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"relu": partial(F.relu, inplace=True), "silu": F.silu}
 BAR_INTERVAL = 10  # steps from one loss in the progress bar to the next
 
 
@@ -65,9 +67,15 @@ class BasicBlock(nn.Module):
     """The residual block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        shortcut: Shortcut,
+        activation: Activation,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1 = conv(in_channels, out_channels, stride=stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels)
@@ -76,10 +84,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.activation(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += shortcut  # in place, as the ReLU: 3 % of a training step on a CPU
-        return F.relu(out, inplace=True)
+        return self.activation(out)
 
 
 class PreActBlock(nn.Module):
@@ -90,9 +98,15 @@ class PreActBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        shortcut: Shortcut,
+        activation: Activation,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, out_channels, stride=stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
@@ -100,9 +114,9 @@ class PreActBlock(nn.Module):
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x), inplace=True)
+        out = self.activation(self.bn1(x))
         shortcut = x if self.downsample is None else self.downsample(out)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True))
+        return shortcut + self.conv2(self.activation(self.bn2(self.conv1(out))))
 
 
 class ResNet(nn.Module):
@@ -120,6 +134,7 @@ class ResNet(nn.Module):
             paper) or `pad` (option A: subsampling and zeros, no parameters).
         preactivation: Use the blocks of He et al. 2016 instead.
         width: Channels of the stem and of the first stage.
+        activation: `relu`, or `silu`, x·sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118).
     """
 
     def __init__(
@@ -129,9 +144,15 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "conv3x3",
         preactivation: bool = False,
         width: PositiveInt = 16,
+        activation: Literal["relu", "silu"] = "relu",
     ) -> None:
         super().__init__()
-        block = partial(PreActBlock if preactivation else BasicBlock, shortcut=shortcut)
+        self.activation = ACTIVATIONS[activation]
+        block = partial(
+            PreActBlock if preactivation else BasicBlock,
+            shortcut=shortcut,
+            activation=self.activation,
+        )
 
         def stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
             rest = (block(channels, channels, stride=1) for _ in range(blocks - 1))
@@ -150,10 +171,10 @@ class ResNet(nn.Module):
         """Maps float images (N, 3, H, W), H and W 32 or more, to logits (N, num_classes)."""
         x = self.conv(images)
         if not self.preactivation:
-            x = F.relu(self.bn(x), inplace=True)
+            x = self.activation(self.bn(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         if self.preactivation:
-            x = F.relu(self.bn(x), inplace=True)
+            x = self.activation(self.bn(x))
         return self.fc(x.mean(dim=(2, 3)))
 
 

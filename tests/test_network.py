@@ -1,13 +1,15 @@
 """The network against the papers' parameter counts and plain transcriptions."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet
 
-from resnet_module import PreActBlock, ResNet
+from resnet_module import ACTIVATIONS, BasicBlock, PreActBlock, ResNet
 
 
 def parameters(module: nn.Module) -> int:
@@ -151,8 +153,32 @@ def test_option_a_subsamples_and_pads_with_zeros() -> None:
     assert not out[:, 16:].any()
 
 
+@pytest.mark.parametrize(("name", "module"), [("relu", nn.ReLU()), ("silu", nn.SiLU())])
+@pytest.mark.parametrize("training", [True, False])
+def test_block_is_torchvisions(name: str, module: nn.Module, training: bool) -> None:
+    block = BasicBlock(8, 8, 1, "pad", ACTIVATIONS[name])
+    randomize(block)
+    expected = resnet.BasicBlock(8, 8)
+    expected.relu = module
+    expected.load_state_dict(block.state_dict())
+    x = torch.randn(3, 8, 8, 8)
+    torch.testing.assert_close(block.train(training)(x), expected.train(training)(x))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_network_with_silu_has_no_relu(
+    preactivation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silu = Mock(side_effect=F.silu)
+    monkeypatch.setitem(ACTIVATIONS, "silu", silu)
+    monkeypatch.setattr(F, "relu", None)
+    network = ResNet((1, 1, 1), preactivation=preactivation, width=4, activation="silu")
+    network(torch.rand(2, 3, 32, 32))
+    assert silu.call_count == 1 + 2 * 3
+
+
 def test_preactivation_block_follows_the_paper() -> None:
-    block = PreActBlock(4, 8, 2, "conv1x1").double()
+    block = PreActBlock(4, 8, 2, "conv1x1", F.relu).double()
     randomize(block)
     x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
 
