@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_resnet.checkpoint import known_options, load_weights
 
-Shortcut = Literal["conv3x3", "conv1x1", "pad"]
+Shortcut = Literal["conv3x3", "conv1x1", "pad", "pool"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"relu": partial(F.relu, inplace=True), "silu": F.silu}
@@ -58,6 +58,9 @@ def make_shortcut(
         return None
     if kind == "pad":
         return PadShortcut(out_channels - in_channels, stride)
+    if kind == "pool":
+        pool = nn.AvgPool2d(stride, ceil_mode=True)  # rounds odd sizes up, as a convolution does
+        return nn.Sequential(pool, PadShortcut(out_channels - in_channels, stride=1))
     kernel_size = {"conv3x3": 3, "conv1x1": 1}[kind]
     projection = conv(in_channels, out_channels, kernel_size, stride)
     return nn.Sequential(projection, nn.BatchNorm2d(out_channels)) if norm else projection
@@ -131,7 +134,8 @@ class ResNet(nn.Module):
         layers: Number of blocks in each of the three stages.
         num_classes: Number of logits.
         shortcut: What joins two shapes: `conv3x3` (convolution and BN), `conv1x1` (option B of the
-            paper) or `pad` (option A: subsampling and zeros, no parameters).
+            paper), `pad` (option A: subsampling and zeros, no parameters), or `pool`: option A with
+            the mean of 2×2 pixels, as ResNet-D averages (He et al. 2018, arXiv:1812.01187).
         preactivation: Use the blocks of He et al. 2016 instead.
         width: Channels of the stem and of the first stage.
         activation: `relu`, or `silu`, x·sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118).

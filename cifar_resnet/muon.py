@@ -32,7 +32,7 @@ class ConvMuon(SGD):
     replaces. `torch.optim.Muon` takes matrices only.
 
     The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
-    for each, as in `max_lr: [0.03, 0.2]`. Without a scheduler give `lr`: the command line would
+    for each, as in `max_lr: [0.08, 0.2]`. Without a scheduler give `lr`: the command line would
     fill in that of the default optimizer.
 
     Args:
@@ -48,7 +48,7 @@ class ConvMuon(SGD):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 0.03,
+        lr: float = 0.08,
         momentum: float = 0.6,
         steps: int = 3,
         sgd_lr: float = 0.2,

@@ -114,7 +114,7 @@ def test_unknown_shortcut_is_refused() -> None:
         ResNet(shortcut=shortcut)
 
 
-@pytest.mark.parametrize("shortcut", ["conv3x3", "conv1x1", "pad"])
+@pytest.mark.parametrize("shortcut", ["conv3x3", "conv1x1", "pad", "pool"])
 @pytest.mark.parametrize("preactivation", [False, True])
 @pytest.mark.parametrize("side", [32, 33, 40, 64])
 def test_logits_of_any_size_from_32(shortcut: Any, preactivation: bool, side: int) -> None:
@@ -149,6 +149,15 @@ def test_option_a_subsamples_and_pads_with_zeros() -> None:
     x = torch.rand(2, 16, 8, 8)
     out = shortcut(x)
     assert torch.equal(out[:, :16], x[:, :, ::2, ::2])
+    assert out.shape == (2, 32, 4, 4)
+    assert not out[:, 16:].any()
+
+
+def test_pool_averages_2x2_pixels_and_pads_with_zeros() -> None:
+    shortcut = ResNet(shortcut="pool").layer2[0].downsample
+    x = torch.rand(2, 16, 8, 8)
+    out = shortcut(x)
+    torch.testing.assert_close(out[:, :16], F.interpolate(x, scale_factor=0.5, mode="area"))
     assert out.shape == (2, 32, 4, 4)
     assert not out[:, 16:].any()
 
