@@ -37,8 +37,9 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         A checkpoint as `read_checkpoint` returns it, with the options that the weights' shapes
-        imply; they do not tell SiLU from ReLU nor `pool` from `pad`, and are taken for the latter.
-        `num_batches_tracked` stays missing if the file, as those of PyTorch 0.3, has none.
+        imply. Weights do not show the activation, nor whether a shortcut that has none pools: ReLU
+        and `pad` are assumed. `num_batches_tracked` stays missing if the file, as those of PyTorch
+        0.3, has none.
 
     Raises:
         ValueError: If these are not the weights of such a network.
