@@ -168,4 +168,5 @@ def test_browser_shows_command_graph_and_hparams(page: Any) -> None:
     with dashboard(page, "hparams"):
         for column in ("optimizer", "hp/best_val/acc"):
             page.get_by_text(column).first.wait_for(state="attached")
+        page.get_by_role("checkbox", name="dataset").click()  # at first it shows five columns
         page.get_by_text("digits", exact=True).first.wait_for()
