@@ -5,6 +5,7 @@ scaling, loss, metrics, optimizer and learning-rate schedule.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -345,13 +346,14 @@ class ResNetModule(LightningModule):
         given = getattr(self.lr_scheduler, "keywords", {})
         is_open = "total_steps" in given and given["total_steps"] is None
         if is_open and given.get("epochs") is None:
-            if self.trainer.max_epochs == -1:
+            steps = self.trainer.estimated_stepping_batches
+            total = steps if interval == "step" else self.trainer.max_epochs
+            if total in (-1, math.inf):
                 raise MisconfigurationException(
                     "lr_scheduler.total_steps is null, but the run has no end: give it or "
                     "--trainer.max_epochs"
                 )
-            steps = self.trainer.estimated_stepping_batches
-            options["total_steps"] = steps if interval == "step" else self.trainer.max_epochs
+            options["total_steps"] = total
         scheduler: Any = self.lr_scheduler(optimizer, **options)
         return {
             "optimizer": optimizer,

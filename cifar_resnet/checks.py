@@ -36,11 +36,12 @@ def check_options(command: str, config: Any) -> None:
     if config.seed_everything is False:
         raise ValueError("seed_everything is false: give a number, or true to have one drawn")
     best = config.best_checkpoint
-    if best.monitor.endswith("loss") and best.mode == "max":
-        raise ValueError(
-            f"best_checkpoint.monitor is {best.monitor}, of which max would keep the worst: give "
-            "--best_checkpoint.mode min"
-        )
+    for metric, worst, right in (("loss", "max", "min"), ("acc", "min", "max")):
+        if best.monitor.endswith(metric) and best.mode == worst:
+            raise ValueError(
+                f"best_checkpoint.monitor is {best.monitor}, of which {worst} would keep the "
+                f"worst: give --best_checkpoint.mode {right}"
+            )
     for limit in LIMITS[command]:
         if config.trainer[limit] == 0:
             raise ValueError(f"trainer.{limit} is 0: there is nothing to {command}")

@@ -1,9 +1,9 @@
 """Muon for convolutions: `--model.optimizer cifar_resnet.muon.ConvMuon`, for short runs."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.optim import SGD
 
@@ -28,18 +28,18 @@ class ConvMuon(SGD):
     A kernel is seen as a matrix with a row for each output channel, and its update is its
     orthogonalized momentum (kellerjordan.github.io/posts/muon). As in the code of airbench
     (github.com/KellerJordan/cifar10-airbench) a kernel's norm stays the root of its number of rows:
-    batch normalisation cancels the norm, so that the learning rate is how much of the kernel a step
-    replaces. `torch.optim.Muon` takes matrices only.
+    the batch normalisation that follows cancels the norm, so that the learning rate is how much of
+    the kernel a step replaces. (In a `PreActBlock` none follows the second convolution.)
+    `torch.optim.Muon` takes matrices only.
 
     The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
-    for each, as in `max_lr: [0.08, 0.2]`. Without a scheduler give `lr`: the command line would
-    fill in that of the default optimizer.
+    for each, as in `max_lr: [0.08, 0.2]`. A step leaves the kernels without gradients.
 
     Args:
         params: All parameters of a network, in their order.
-        lr: Learning rate of the kernels.
-        momentum: Momentum of the kernels.
-        steps: Newton-Schulz iterations for each update.
+        muon_lr: Learning rate of the kernels.
+        muon_momentum: Momentum of the kernels.
+        muon_steps: Newton-Schulz iterations for each update.
         sgd_lr: Learning rate of the rest.
         sgd_momentum: Momentum of the rest.
         weight_decay: L2 penalty of the rest.
@@ -48,30 +48,19 @@ class ConvMuon(SGD):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 0.08,
-        momentum: float = 0.6,
-        steps: int = 3,
-        sgd_lr: float = 0.2,
-        sgd_momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        muon_lr: NonNegativeFloat = 0.08,
+        muon_momentum: NonNegativeFloat = 0.6,
+        muon_steps: PositiveInt = 3,
+        sgd_lr: NonNegativeFloat = 0.2,
+        sgd_momentum: NonNegativeFloat = 0.9,
+        weight_decay: NonNegativeFloat = 0.0,
     ) -> None:
         params = list(params)
         kernels = [p for p in params if p.ndim == 4][1:]
-        muon: dict[str, Any] = {
-            "params": kernels,
-            "lr": lr,
-            "muon_momentum": momentum,
-            "muon_steps": steps,
-            **{"momentum": 0.0, "nesterov": False, "weight_decay": 0.0},  # of SGD
-        }
-        rest: dict[str, Any] = {"params": [p for p in params if all(p is not k for k in kernels)]}
-        super().__init__(
-            [muon, rest],
-            lr=sgd_lr,
-            momentum=sgd_momentum,
-            nesterov=True,
-            weight_decay=weight_decay,
-        )
+        rest = [p for p in params if all(p is not kernel for kernel in kernels)]
+        muon = {"params": kernels, "steps": muon_steps}
+        sgd = {"params": rest, "lr": sgd_lr, "momentum": sgd_momentum, "nesterov": True}
+        super().__init__([muon, sgd], muon_lr, muon_momentum, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -79,14 +68,16 @@ class ConvMuon(SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        momentum, steps = (self.param_groups[0][f"muon_{name}"] for name in ("momentum", "steps"))
-        for kernel in self.param_groups[0]["params"]:
+        muon = self.param_groups[0]
+        for kernel in muon["params"]:
             if kernel.grad is None:
                 continue
-            buffer = self.state[kernel].setdefault("muon_buffer", torch.zeros_like(kernel))
-            buffer.mul_(momentum).add_(kernel.grad)
-            update = kernel.grad.add(buffer, alpha=momentum).flatten(1)
-            kernel.grad.copy_(orthogonalize(update, steps).reshape(kernel.shape))
+            buffer = self.state[kernel].setdefault("momentum_buffer", torch.zeros_like(kernel))
+            buffer.mul_(muon["momentum"]).add_(kernel.grad)
+            update = kernel.grad.add(buffer, alpha=muon["momentum"]).flatten(1)
             kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
-        super().step()  # for the kernels plain gradient descent
+            direction = orthogonalize(update, muon["steps"]).view_as(kernel)
+            kernel.sub_(direction, alpha=muon["lr"])
+            kernel.grad = None  # SGD leaves the kernel as it is
+        super().step()
         return loss

@@ -22,6 +22,7 @@ from cifar_resnet.checkpoint import read_checkpoint
 from resnet_module import ResNet, ResNetModule
 
 PROJECT = Path(train.__file__).parent
+MUON = "--model.optimizer cifar_resnet.muon.ConvMuon"
 
 
 def config_of(version: int = 0) -> dict[str, Any]:
@@ -161,6 +162,8 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("fit --data.bach_size 3", "unrecognized arguments: --data.bach_size"),
         ("fit --data.dataset cifar11", "dataset is 'cifar11': choose cifar10, cifar100, digits"),
         ("fit --model.optimizer.lr -1", "Invalid learning rate: -1"),
+        (f"fit {MUON} --model.optimizer.muon_lr -1", "muon_lr"),
+        (f"fit {MUON} --model.optimizer.muon_steps 0", "muon_steps"),
         ("fit --model.lr_scheduler CosineAnnealingLR", "T_max"),
         ("fit --trainer.accelerator gpu", "No supported gpu backend found"),
         ("fit --config broken.yaml", "Problems parsing config"),
@@ -169,6 +172,7 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("test --ckpt", "has a best.ckpt"),
         ("test", "has a best.ckpt"),
         ("fit --best_checkpoint.monitor val/loss", "of which max would keep the worst"),
+        ("fit --best_checkpoint.mode min", "of which min would keep the worst"),
         ("fit --seed_everything false", "seed_everything is false: give a number"),
         ("test --ckpt nowhere.ckpt", "ckpt is 'nowhere.ckpt': there is no such file"),
         ("test --ckpt .", "ckpt is '.': that is a folder"),

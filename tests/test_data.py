@@ -161,7 +161,8 @@ def test_evaluation_shows_the_images_in_order(
 
 
 def test_evaluation_follows_the_augmentation() -> None:
-    for augmentation, evaluation in [("zoom", "zoom"), ("pad", "native"), ("none", "native")]:
+    views = {"zoom": "zoom", "pad": "native", "reflect": "native", "none": "native"}
+    for augmentation, evaluation in views.items():
         assert CIFARDataModule(augmentation=augmentation).evaluation == evaluation
         assert CIFARDataModule(augmentation=augmentation, evaluation="crop").evaluation == "crop"
 

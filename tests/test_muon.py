@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Muon, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from cifar_resnet.muon import ConvMuon, orthogonalize
 
@@ -27,11 +28,15 @@ def gradients() -> list[Tensor]:
     return list(torch.randn((5, 8, 36), generator=torch.Generator().manual_seed(1)))
 
 
-def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor]) -> None:
+@pytest.mark.parametrize("cycled", [False, True])
+def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor], cycled: bool) -> None:
     kernel, matrix = parameter(8, 4, 3, 3), parameter(8, 36)
-    options = {"lr": 0.1, "momentum": 0.6, "steps": 3, "weight_decay": 0.5}  # of the rest alone
+    options = {"muon_lr": 0.1, "muon_momentum": 0.6, "weight_decay": 0.5}  # of the rest alone
     ours = ConvMuon([parameter(8, 3, 3, 3), kernel], **options)
-    torchs = Muon([matrix], lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
+    if cycled:
+        OneCycleLR(ours, max_lr=0.1, total_steps=10, div_factor=1)
+    momentum = 0.95 if cycled else 0.6  # OneCycleLR begins with its max_momentum
+    torchs = Muon([matrix], lr=0.1, momentum=momentum, weight_decay=0, ns_steps=3)
     for gradient in gradients:
         train(ours, [kernel], [gradient])
         matrix.data.mul_(8**0.5 / matrix.norm())

@@ -180,7 +180,8 @@ def test_network_with_silu_has_no_relu(
 ) -> None:
     silu = Mock(side_effect=F.silu)
     monkeypatch.setitem(ACTIVATIONS, "silu", silu)
-    monkeypatch.setattr(F, "relu", None)
+    monkeypatch.setitem(ACTIVATIONS, "relu", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(F, "relu", Mock(side_effect=AssertionError))
     network = ResNet((1, 1, 1), preactivation=preactivation, width=4, activation="silu")
     network(torch.rand(2, 3, 32, 32))
     assert silu.call_count == 1 + 2 * 3

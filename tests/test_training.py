@@ -199,9 +199,17 @@ def test_open_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
     assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 8
 
 
-def test_cycle_of_an_endless_run_is_refused(cifar10: Path, tmp_path: Path) -> None:
+def test_open_cycle_takes_the_steps_of_a_run_without_epochs(cifar10: Path, tmp_path: Path) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, cycle_momentum=False)
+    module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
+    trainer = fit(module, small_data(cifar10), tmp_path, epochs=-1, max_steps=5)
+    assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 5
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_cycle_of_an_endless_run_is_refused(cifar10: Path, tmp_path: Path, interval: Any) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
-    module = ResNetModule(lr_scheduler=cycle, **SMALL)
+    module = ResNetModule(lr_scheduler=cycle, lr_interval=interval, **SMALL)
     with pytest.raises(MisconfigurationException, match="the run has no end"):
         fit(module, small_data(cifar10), tmp_path, epochs=-1)
 
