@@ -38,8 +38,8 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         A checkpoint as `read_checkpoint` returns it, with the options that the weights' shapes
         imply. Weights do not show the activation, nor whether a shortcut that has none pools, nor
-        what images this project's were trained on: ReLU, `pad` and enlarged ones are assumed. `num_batches_tracked` stays missing if the file, as those of PyTorch
-        0.3, has none.
+        what images this project's were trained on: ReLU, `pad` and enlarged ones are assumed.
+        `num_batches_tracked` stays missing if the file, as those of PyTorch 0.3, has none.
 
     Raises:
         ValueError: If these are not the weights of such a network.
