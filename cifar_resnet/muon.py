@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.optim import SGD
 
@@ -43,18 +42,26 @@ class ConvMuon(SGD):
         sgd_lr: Learning rate of the rest.
         sgd_momentum: Momentum of the rest.
         weight_decay: L2 penalty of the rest.
+
+    Raises:
+        ValueError: If one of them is negative, or there are no steps.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
-        muon_lr: NonNegativeFloat = 0.08,
-        muon_momentum: NonNegativeFloat = 0.6,
-        muon_steps: PositiveInt = 3,
-        sgd_lr: NonNegativeFloat = 0.2,
-        sgd_momentum: NonNegativeFloat = 0.9,
-        weight_decay: NonNegativeFloat = 0.0,
+        muon_lr: float = 0.08,
+        muon_momentum: float = 0.6,
+        muon_steps: int = 3,
+        sgd_lr: float = 0.2,
+        sgd_momentum: float = 0.9,
+        weight_decay: float = 0.0,
     ) -> None:
+        if muon_steps < 1 or sgd_lr < 0 or sgd_momentum < 0:  # SGD checks the others
+            raise ValueError(
+                f"muon_steps is {muon_steps}, sgd_lr {sgd_lr}, sgd_momentum {sgd_momentum}: steps "
+                "must be 1 or more, rate and momentum 0 or more"
+            )
         params = list(params)
         kernels = [p for p in params if p.ndim == 4][1:]
         rest = [p for p in params if all(p is not kernel for kernel in kernels)]
