@@ -32,11 +32,11 @@ def gradients() -> list[Tensor]:
 def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor], cycled: bool) -> None:
     kernel, matrix = parameter(8, 4, 3, 3), parameter(8, 36)
     options = {"muon_lr": 0.1, "muon_momentum": 0.6, "weight_decay": 0.5}  # of the rest alone
-    ours = ConvMuon([parameter(8, 3, 3, 3), kernel], **options)
+    ours = ConvMuon([parameter(8, 3, 3, 3), kernel], muon_steps=5, **options)
     if cycled:
         OneCycleLR(ours, max_lr=0.1, total_steps=10, div_factor=1)
     momentum = 0.95 if cycled else 0.6  # OneCycleLR begins with its max_momentum
-    torchs = Muon([matrix], lr=0.1, momentum=momentum, weight_decay=0, ns_steps=3)
+    torchs = Muon([matrix], lr=0.1, momentum=momentum, weight_decay=0, ns_steps=5)
     for gradient in gradients:
         train(ours, [kernel], [gradient])
         matrix.data.mul_(8**0.5 / matrix.norm())
