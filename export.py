@@ -47,14 +47,9 @@ class Classifier(nn.Module):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Writes the file."""
-    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="best or last of the newest run, or a path")
+    parser = ScriptParser(__doc__)
     parser.add_argument("--output", type=model_path, required=True, help="a .onnx or .pt2 file")
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
-    for name in ("--input_mean", "--input_std"):
-        parser.add_argument(
-            name, nargs=3, type=float, help="of other projects' weights, by channel"
-        )
     options = parser.parse_args(args)
     try:
         path = find_or_pretrained(options.ckpt, LOGS)

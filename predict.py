@@ -9,6 +9,7 @@ centre is cropped.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,14 +37,11 @@ FORMATS = {".csv": to_csv, ".json": to_json}
 
 def main(args: Sequence[str] | None = None) -> int:
     """Prints and writes the predictions; returns 1 if a file could not be read, else 0."""
-    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may not be UTF-8
+    parser = ScriptParser(__doc__)
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
-    parser.add_argument("--ckpt", help="best or last of the newest run, or a path")
     parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")
-    for name in ("--input_mean", "--input_std"):
-        parser.add_argument(
-            name, nargs=3, type=float, help="of other projects' weights, by channel"
-        )
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
@@ -55,12 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if str(path) != options.ckpt:
         print(f"Checkpoint: {relative(path)}", file=sys.stderr)
-    data = CIFARDataModule.from_checkpoint(checkpoint)
-    rows = []
-    for file, image in read_images(files, data.hparams["image_size"]):
-        with torch.inference_mode():
-            logits = module(evaluation_view(image[None] / 255, data.evaluation))
-        rows.append({"file": str(file), **top_classes(logits.softmax(1)[0], module.class_names)})
+    rows = list(predict(files, module, CIFARDataModule.from_checkpoint(checkpoint)))
     if rows:
         print_table(rows)
     if rows and options.output:
@@ -81,15 +74,19 @@ def table_path(text: str) -> Path:
     return path
 
 
-def read_images(files: Iterable[Path], size: int) -> Iterator[tuple[Path, Tensor]]:
-    """Yields files and their images (3, size, size) uint8; reports what is not an image."""
+def predict(
+    files: Iterable[Path], module: ResNetModule, data: CIFARDataModule
+) -> Iterator[dict[str, Any]]:
+    """Yields a row of the table for each file; reports what is not an image."""
     for file in files:
         try:
-            image = read_square(file, size)
+            image = read_square(file, data.hparams["image_size"])
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
-        else:
-            yield file, image
+            continue
+        with torch.inference_mode():
+            logits = module(evaluation_view(image[None] / 255, data.evaluation))
+        yield {"file": str(file), **top_classes(logits.softmax(1)[0], module.class_names)}
 
 
 def top_classes(probabilities: Tensor, names: Sequence[str]) -> dict[str, Any]:

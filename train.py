@@ -93,8 +93,8 @@ class CLI(LightningCLI):
             nargs="?",
             const="auto",
             help="Checkpoint: a path, or `best` or `last` of the newest run in lightning_logs. "
-            "Without a value it is `last` for fit, which resumes that run, and `best` for the "
-            "others, which is also their default. They take other projects' weights as well.",
+            "fit resumes from it; without a value it is `last`. The other commands use `best` if "
+            "none is given, and take other projects' weights, too.",
         )
         parser.add_argument(
             "--mirror",
@@ -136,7 +136,7 @@ class CLI(LightningCLI):
         run = self.path.absolute().parent.parent
         if command == "fit" and (run / "run.json").is_file():
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
-            self.run = run if self.path.name == "last.ckpt" else None
+            self.run = run if self.path.absolute() == run / "checkpoints" / "last.ckpt" else None
             return [command, f"--config={run / 'config.yaml'}", *args[1:]]
         return [command, f"--config={json.dumps(stored_config(self.checkpoint))}", *args[1:]]
 
@@ -157,8 +157,10 @@ class CLI(LightningCLI):
 
     def check(self, config: Any) -> None:
         """Refuses impossible options before anything is made or written."""
-        if config.ckpt and self.path is None:
+        if config.ckpt != parse_checkpoint_name(sys.argv[1:])[0]:
             raise ValueError("ckpt must be given on the command line, not in a configuration")
+        if self.path is None and (config.ckpt or self.subcommand != "fit"):
+            raise ValueError(f"{self.subcommand} must stand before all options")
         check_options(str(self.subcommand), config)
         if self.path is not None:
             self.check_against_checkpoint(config)

@@ -119,6 +119,8 @@ class EpochCheckpoint(ModelCheckpoint):
         return f"EpochCheckpoint {self.filename}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["monitor"] != self.monitor:
+            return  # a score of another metric says nothing of this one
         # Lightning forgets the best score where the folder's path differs; of a run that was moved,
         # whose best checkpoint lies here, the score still counts.
         old, new = str(state_dict["dirpath"]), str(self.dirpath)

@@ -117,7 +117,7 @@ def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> No
     if not is_resumable(checkpoint):
         raise ValueError("ckpt holds weights only, from which fit cannot go on; test can use them")
     progress = checkpoint["loops"].get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    if not progress.get("is_last_batch") or "interrupted_epoch" in checkpoint:
+    if not progress.get("is_last_batch"):
         raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
     trainer, done = config["trainer"], completed_epochs(checkpoint)
     if trainer["max_steps"] != -1:

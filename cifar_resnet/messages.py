@@ -33,7 +33,15 @@ def one_line_errors(exit_code: int, *kinds: type[Exception]) -> Iterator[None]:
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """argparse's parser, without the usage before an error."""
+    """The options that predict.py and export.py share; errors without the usage before them."""
+
+    def __init__(self, description: str | None) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw)
+        self.add_argument("--ckpt", help="best or last of the newest run, or a path")
+        for name in ("--input_mean", "--input_std"):
+            scaling = "of other projects' weights, by channel"
+            self.add_argument(name, nargs=3, type=float, help=scaling)
 
     def error(self, message: str) -> NoReturn:
         fail(message, 2)

@@ -215,6 +215,16 @@ def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) ->
     assert "moved/checkpoints/best.ckpt (val/acc 1.0000)" in resumed.out
 
 
+def test_scores_of_two_metrics_are_not_compared(run: Run, digits_run: DigitsRun) -> None:
+    """No loss of the fourth epoch is as low as the accuracies of the first three."""
+    best = Path(shutil.copytree(digits_run.folder, "moved")) / "checkpoints" / "best.ckpt"
+    metric = ["--best_checkpoint.monitor=val/loss", "--best_checkpoint.mode=min"]
+    last = str(best.with_name("last.ckpt"))
+    resumed = run("fit", "--ckpt", last, "--trainer.max_epochs=4", *metric)
+    assert resumed.code == 0, resumed.err
+    assert read_checkpoint(best)["epoch"] == 3
+
+
 def test_changed_scheduler_is_refused(digits_run: DigitsRun) -> None:
     checkpoint = read_checkpoint(digits_run.best.with_name("last.ckpt"))
     for scheduler in (None, {"class_path": "torch.optim.lr_scheduler.ExponentialLR"}):

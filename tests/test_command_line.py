@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,28 @@ def test_without_validation_the_last_is_tested(run: Run) -> None:
     assert json.loads((folder / "test.json").read_text())["checkpoint"].endswith("last.ckpt")
 
 
-def test_checkpoint_in_a_configuration_is_refused(run: Run) -> None:
+def test_checkpoint_in_a_configuration_is_refused(run: Run, best: Path) -> None:
     Path("c.yaml").write_text("ckpt: last")
-    assert "ckpt must be given on the command line" in error_of(run("fit", "--config=c.yaml"))
+    for command in (["fit"], ["test", "--ckpt", str(best)]):
+        line = error_of(run(*command, "--config=c.yaml"))
+        assert "ckpt must be given on the command line" in line
+
+
+@pytest.mark.parametrize("options", [["test"], ["fit", "--ckpt=last"]])
+def test_options_before_the_command_are_refused(
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else no checkpoint would be looked for."""
+    config = tmp_path / "c.yaml"
+    config.write_text("{test: {data: {dataset: digits}}, fit: {data: {dataset: digits}}}")
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--config={config}", *options])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {options[0]} must stand before all options\n"
 
 
 @pytest.mark.parametrize("kind", [NameError, AttributeError, TypeError, KeyError])

@@ -1,10 +1,12 @@
 """predict.py: its table against the network, the files it writes, and what it refuses."""
 
 import csv
+import io
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +68,15 @@ def test_table_has_the_networks_three_best_classes(
     assert err == ""
 
 
-def test_table_has_file_names_that_are_not_utf_8(module: ResNetModule) -> None:
+def test_table_has_file_names_that_are_not_utf_8(
+    module: ResNetModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     shutil.copy("pets/a.png", name)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8", write_through=True))
     assert predict.main([name, "--ckpt=best.ckpt", "--output=out.csv"]) == 0
+    assert b"caf\xe9.png" in out.getvalue()
     assert b"caf\xe9.png" in Path("out.csv").read_bytes()
 
 

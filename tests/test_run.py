@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -197,7 +198,8 @@ def test_time_limit_counts_from_each_start(run: Run, small: list[str]) -> None:
     assert read_checkpoint(last)["epoch"] == 1
 
 
-def test_run_branches_off_from_an_earlier_checkpoint(run: Run, small: list[str]) -> None:
+@pytest.mark.parametrize("name", ["checkpoints/epoch_1.ckpt", "more_checkpoints/last.ckpt"])
+def test_run_branches_off_from_an_earlier_checkpoint(name: str, run: Run, small: list[str]) -> None:
     options = ["--periodic_checkpoint.every_n_epochs=2", "--trainer.max_epochs=5"]
     assert run("fit", *small, *options).code == 0
     saved = {file.name: file for file in RUN.glob("checkpoints/epoch_*.ckpt")}
@@ -205,8 +207,10 @@ def test_run_branches_off_from_an_earlier_checkpoint(run: Run, small: list[str])
         "epoch_1.ckpt": 1,  # epochs count from 0 here
         "epoch_3.ckpt": 3,
     }
+    (RUN / "more_checkpoints").mkdir()  # where a callback of the user's would save it
+    shutil.copy(saved["epoch_1.ckpt"], RUN / "more_checkpoints" / "last.ckpt")
     before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
-    earlier = ["--ckpt", str(saved["epoch_1.ckpt"]), "--trainer.max_epochs=3"]
+    earlier = ["--ckpt", str(RUN / name), "--trainer.max_epochs=3"]
     assert run("fit", *earlier, "--pictures.every_n_epochs=9").code == 0
     assert {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()} == before
     assert read_checkpoint(LOGS / "version_1/checkpoints/last.ckpt")["epoch"] == 2
