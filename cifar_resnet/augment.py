@@ -111,7 +111,7 @@ class Augmenter:
     changes the others.
 
     Args:
-        augmentations: One of a class at most.
+        augmentations: At most one of each class.
         count: Number of training images.
         seed: 0 or more.
     """

@@ -254,7 +254,8 @@ class TensorBoardImages(Callback):
     matrix and its most confident mistakes; at the end curves.png, in the run's folder.
 
     Args:
-        every_n_epochs: Epochs from one drawing to the next. 0 draws nothing.
+        every_n_epochs: Epochs from one drawing to the next. 0 turns all of this off, the accuracies
+            of the classes and curves.png included.
     """
 
     def __init__(self, every_n_epochs: NonNegativeInt = 10) -> None:

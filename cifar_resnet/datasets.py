@@ -90,7 +90,6 @@ class CIFAR:
         Raises:
             OSError: If no address has the archive, or `root` cannot be written.
         """
-        root = root.expanduser()
         if not self._bad_file(root):
             return
         try:
@@ -131,7 +130,6 @@ class CIFAR:
         Raises:
             MisconfigurationException: If a file is missing or has a wrong checksum.
         """
-        root = root.expanduser()
         try:
             data = self.source(root, train=train)
         except RuntimeError as error:

@@ -151,18 +151,6 @@ def test_print_report_shows_every_metric(capsys: pytest.CaptureFixture[str]) -> 
 # Collecting predictions
 
 
-def test_predictions_accumulate_over_batches_and_reset() -> None:
-    probabilities, labels = torch.rand(7, 3), torch.arange(7) % 3
-    metric = Predictions()
-    for _ in range(2):
-        metric.update(probabilities[:4], labels[:4])
-        metric.update(probabilities[4:], labels[4:])
-        found, collected = metric.compute()
-        assert torch.equal(found, probabilities)
-        assert torch.equal(collected, labels)
-        metric.reset()
-
-
 def test_predictions_of_two_processes_come_in_the_order_of_the_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

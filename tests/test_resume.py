@@ -107,12 +107,6 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert_same_run(last.parents[1], Path("whole/lightning_logs/version_0"))
 
 
-def test_run_stopped_before_its_first_checkpoint_says_so(run: Run, steps25: list[str]) -> None:
-    stopped = run("fit", *steps25, *STOP[:1], "--trainer.callbacks.epoch=0")
-    assert stopped.code == 1
-    assert "Stopped before the first epoch was saved" in stopped.out
-
-
 def test_cycle_limits_a_resumed_run(run: Run, steps25: list[str]) -> None:
     """A run that is refused stays as it is."""
     stop = [*STOP[:1], "--trainer.callbacks.epoch=2"]
