@@ -117,6 +117,7 @@ class CIFARDataModule(LightningDataModule):
         super().__init__()
         if cutout > image_size:
             raise ValueError(f"cutout is {cutout}: at most image_size, {image_size}, makes sense")
+        root, dataset = str(root), str(dataset)  # a checkpoint with a Path is not plain data
         self.save_hyperparameters(ignore=["urls"], logger=False)
         self.root = Path(root).expanduser()
         self.urls = urls or []

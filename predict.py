@@ -38,7 +38,7 @@ FORMATS = {".csv": to_csv, ".json": to_json}
 def main(args: Sequence[str] | None = None) -> int:
     """Prints and writes the predictions; returns 1 if a file could not be read, else 0."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be UTF-8
     parser = ScriptParser(__doc__)
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
     parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")

@@ -255,7 +255,7 @@ class ResNetModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Takes class names and input scaling from the data; compiles the network for `fit`."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if names := list(getattr(data, "class_names", [])):
+        if names := [str(name) for name in getattr(data, "class_names", [])]:  # not NumPy's
             if self.class_names not in ([], names):
                 raise MisconfigurationException(
                     f"the checkpoint was trained on the classes {self.class_names}, but the data "
@@ -341,28 +341,36 @@ class ResNetModule(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        interval, options = self.hparams["lr_interval"], {}
         # From the command line it is a functools.partial with all options of the class.
         given = getattr(self.lr_scheduler, "keywords", {})
-        is_open = "total_steps" in given and given["total_steps"] is None
-        if is_open and given.get("epochs") is None:
-            steps = self.trainer.estimated_stepping_batches
-            total = steps if interval == "step" else self.trainer.max_epochs
-            if total in (-1, math.inf):
-                raise MisconfigurationException(
-                    "lr_scheduler.total_steps is null, but the run has no end: give it or "
-                    "--trainer.max_epochs"
-                )
-            options["total_steps"] = total
+        options: dict[str, Any] = {}
+        if given.get("total_steps", 0) is None and given.get("epochs") is None:  # an open cycle
+            options["total_steps"] = self.scheduler_steps()
         scheduler: Any = self.lr_scheduler(optimizer, **options)
+        interval, monitor = self.hparams["lr_interval"], getattr(scheduler, "monitor", None)
+        # ReduceLROnPlateau has a metric to monitor; it may be new in every nth epoch only.
+        with_validation = interval == "epoch" and str(monitor).startswith("val")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": interval,
-                "monitor": getattr(scheduler, "monitor", None),  # ReduceLROnPlateau has one
+                "monitor": monitor,
+                "frequency": (with_validation and self.trainer.check_val_every_n_epoch) or 1,
             },
         }
+
+    def scheduler_steps(self) -> float:
+        """How often the scheduler steps in the whole run."""
+        by_step = self.hparams["lr_interval"] == "step"
+        trainer = self.trainer
+        total = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
+        if total in (None, -1, math.inf):
+            raise MisconfigurationException(
+                "lr_scheduler.total_steps is null, but the run has no end: give it or "
+                "--trainer.max_epochs"
+            )
+        return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names

@@ -20,7 +20,9 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
@@ -138,7 +140,8 @@ class CLI(LightningCLI):
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = run if self.path.absolute() == run / "checkpoints" / "last.ckpt" else None
             return [command, f"--config={run / 'config.yaml'}", *args[1:]]
-        return [command, f"--config={json.dumps(stored_config(self.checkpoint))}", *args[1:]]
+        stored = json.dumps(stored_config(self.checkpoint), ensure_ascii=False)
+        return [command, f"--config={stored}", *args[1:]]
 
     def before_instantiate_classes(self) -> None:
         """Sets the defaults that depend on the hardware; refuses impossible options."""
@@ -206,10 +209,8 @@ class CLI(LightningCLI):
             kwargs["enable_progress_bar"] = sys.stdout.isatty()  # not in a log file
             if sys.stdout.isatty():
                 callbacks.append(TQDMProgressBar(refresh_rate=10))
-        plugins = [*as_list(given.plugins), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect():
-            # Lightning would save, and resume from, half an epoch; recipes/slurm.sh requeues.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
+        plugins = as_list(given.plugins)
+        plugins += own_plugins(plugins)
         if config.trainer.logger in (None, True):
             kwargs["logger"] = False  # RunFolder makes it
         if config.data.val_size == 0:
@@ -277,6 +278,15 @@ def as_list(option: Any) -> list[Any]:
     return [*option] if isinstance(option, list) else [] if option is None else [option]
 
 
+def own_plugins(given: list[Any]) -> list[Any]:
+    """Atomic checkpoints and, in a SLURM job, its ranks, unless torchrun or the user gives them."""
+    in_job = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    if not in_job or any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        return [AtomicCheckpointIO()]
+    # Lightning would save, and resume from, half an epoch; recipes/slurm.sh requeues.
+    return [AtomicCheckpointIO(), SLURMEnvironment(auto_requeue=False)]
+
+
 def parse_checkpoint_name(args: list[str]) -> tuple[str | None, Path]:
     """The values of --ckpt and --trainer.default_root_dir, needed before the others are parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -310,7 +320,8 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
 def main() -> None:
     """Runs a command: fit, validate, test or predict."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch at once
+        # A log file shows each epoch at once, and any class name, whatever its encoding.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     silence_lightning()
     run_errors = (MisconfigurationException, OSError, FloatingPointError, ModuleNotFoundError)
     with one_line_errors(1, *run_errors):

@@ -234,10 +234,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return convert_state_dict(content)
         except ValueError as error:
             raise ValueError(f"{path} is {error}") from error
+    content.setdefault("datamodule_hyper_parameters", {})  # a data loader has none
     expected = ENTRIES | TRAINING_STATE if is_resumable(content) else ENTRIES
     for name, kind in expected.items():
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")
+    # Data of another class than this project's are shown as they are.
+    content["datamodule_hyper_parameters"].setdefault("augmentation", "none")
     return content
 
 

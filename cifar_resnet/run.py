@@ -86,7 +86,7 @@ class RunFolder(Callback):
     def record(self, trainer: Trainer, folder: Path) -> None:
         """Writes the options and this start, in files and in TensorBoard."""
         file = folder / "run.json"
-        starts = json.loads(file.read_text()) if file.is_file() else []
+        starts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         config = yaml.safe_dump(self.config, sort_keys=False)
         atomic_write(folder / "config.yaml", config)
         command = shlex.join(["python", *sys.argv])

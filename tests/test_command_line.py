@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import SMALL_DIGITS, TINY, DigitsRun, Outcome, Run
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.cli import LightningCLI
 
 import train
 from cifar_datamodule import CIFARDataModule
@@ -106,15 +107,36 @@ def test_seed_of_a_checkpoint_is_the_runs(run: Run) -> None:
     assert last["datamodule_hyper_parameters"]["seed"] == 1
 
 
-def test_small_numbers_survive_a_checkpoint(run: Run) -> None:
-    """As YAML 1e-05 would come back as text."""
-    options = ["--model.optimizer=SGD", "--model.optimizer.weight_decay=1e-05"]
+def test_options_survive_a_checkpoint(run: Run) -> None:
+    """As YAML 1e-05 would come back as text; an emoji in ASCII is nothing that YAML reads."""
+    options = ["--model.optimizer=SGD", "--model.optimizer.weight_decay=1e-05", "--data.root=🐶"]
     run("fit", *SMALL_DIGITS, *options, "--trainer.max_epochs=1")
     shutil.copy("lightning_logs/version_0/checkpoints/last.ckpt", "mine.ckpt")
     resumed = run("fit", "--ckpt=mine.ckpt", "--trainer.max_epochs=2")
     assert resumed.code == 0, resumed.err
     last = read_checkpoint(Path("lightning_logs/version_1/checkpoints/last.ckpt"))
     assert last["hyper_parameters"]["optimizer"]["init_args"]["weight_decay"] == 1e-05
+    assert last["datamodule_hyper_parameters"]["root"] == "🐶"
+
+
+def test_slurm_gives_ranks_unless_torchrun_or_the_user_does(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[str]] = []
+
+    def stop(cli: Any, plugins: list[Any], **kwargs: Any) -> None:
+        given.append([type(plugin).__name__ for plugin in plugins])
+        assert not any(getattr(plugin, "auto_requeue", False) for plugin in plugins)
+        sys.exit()
+
+    monkeypatch.setattr(LightningCLI, "instantiate_trainer", stop)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    run("fit", *SMALL_DIGITS)
+    run("fit", *SMALL_DIGITS, "--trainer.plugins=LightningEnvironment")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    run("fit", *SMALL_DIGITS)
+    ours = "AtomicCheckpointIO"
+    assert given == [[ours, "SLURMEnvironment"], ["LightningEnvironment", ours], [ours]]
 
 
 def test_changed_data_options_are_reported(run: Run, digits_run: DigitsRun) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from cifar_datamodule import SEED_DISTANCE, CIFARDataModule
 from cifar_resnet.augment import evaluation_view
 from cifar_resnet.callbacks import CycleLengthCheck
+from cifar_resnet.checkpoint import read_checkpoint
 from resnet_module import ResNet, ResNetModule
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
 
 
-def fit(
-    module: ResNetModule, data: CIFARDataModule, folder: Path, epochs: int = 2, **options: Any
-) -> Trainer:
+def fit(module: ResNetModule, data: Any, folder: Path, epochs: int = 2, **options: Any) -> Trainer:
     trainer = Trainer(
         **options,
         accelerator="cpu",
@@ -50,7 +50,7 @@ def history(folder: Path, name: str) -> list[float]:
 
 
 def small_data(root: Path) -> CIFARDataModule:
-    return CIFARDataModule(str(root), val_size=50, batch_size=64, eval_batch_size=32, seed=1)
+    return CIFARDataModule(root, val_size=50, batch_size=64, eval_batch_size=32, seed=1)
 
 
 def test_training_equals_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
@@ -166,6 +166,21 @@ def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
     assert plateau == pytest.approx([0.5, 0.5, 0.05])
 
 
+def test_plateau_steps_when_its_metric_is_new(cifar10: Path, tmp_path: Path) -> None:
+    """Where not every epoch ends with a validation."""
+    module = ResNetModule(
+        optimizer=lambda params: SGD(params, lr=0.5),
+        lr_scheduler=lambda o: ReduceLROnPlateau(
+            o, "val/loss", patience=0, threshold=1e9, threshold_mode="abs"
+        ),
+        **SMALL,
+    )
+    fit(module, small_data(cifar10), tmp_path, epochs=7, check_val_every_n_epoch=2)
+    rates = history(tmp_path, "lr")
+    # After the second of three validations the loss is not better for the first time.
+    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005])
+
+
 @pytest.mark.parametrize(
     ("interval", "options"),
     [
@@ -233,6 +248,19 @@ def test_checkpoint_is_plain_and_complete(cifar10: Path, tmp_path: Path) -> None
     scaled = (images - loaded.mean) / loaded.std
     torch.testing.assert_close(loaded(images), module.eval().network(scaled))
     assert CIFARDataModule.load_from_checkpoint(tmp_path / "model.ckpt").hparams["batch_size"] == 64
+
+
+def test_checkpoint_of_ones_own_data_can_be_read(tmp_path: Path) -> None:
+    images, labels = torch.rand(20, 3, 32, 32), torch.arange(20) % 10
+    own: Any = LightningDataModule.from_datasets(TensorDataset(images, labels), batch_size=10)
+    own.class_names = [*np.array(list("abcdefghij"))]
+    for data in (own, DataLoader(TensorDataset(images, labels), batch_size=10)):
+        module = ResNetModule(input_mean=(0.5, 0.5, 0.5), input_std=(0.2, 0.2, 0.2), **SMALL)
+        fit(module, data, tmp_path, epochs=1).save_checkpoint(tmp_path / "model.ckpt")
+        checkpoint = read_checkpoint(tmp_path / "model.ckpt")
+        assert CIFARDataModule.from_checkpoint(checkpoint).evaluation == "native"
+        names = ResNetModule.from_checkpoint(checkpoint).class_names
+        assert names == list("abcdefghij" if data is own else "0123456789")
 
 
 def test_without_normalisation_the_network_sees_zero_to_one(cifar10: Path, tmp_path: Path) -> None:
