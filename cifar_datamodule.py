@@ -237,8 +237,13 @@ class CIFARDataModule(LightningDataModule):
     def _loader(
         self, data: InMemoryDataset, batch_size: int, sampler: DistributedSampler[Batch]
     ) -> DataLoader[Batch]:
-        # The data set serves whole batches: there is nothing to collate.
-        return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=tuple)
+        return DataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=tuple,  # the data set serves whole batches: there is nothing to collate
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def on_after_batch_transfer(
         self, batch: Batch | Tensor, dataloader_idx: int

@@ -253,7 +253,7 @@ class ResNetModule(LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
 
     def setup(self, stage: str) -> None:
-        """Takes class names and input scaling from the data; compiles the network for `fit`."""
+        """Takes class names and, for `fit`, input scaling from the data."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if names := [str(name) for name in getattr(data, "class_names", [])]:  # not NumPy's
             if self.class_names not in ([], names):
@@ -273,8 +273,15 @@ class ResNetModule(LightningModule):
             mean, std = data.channel_statistics
             self.mean.copy_(mean.view(3, 1, 1))
             self.std.copy_(std.view(3, 1, 1))
+
+    def on_fit_start(self) -> None:
+        """Compiles the network, after callbacks have counted its FLOPs.
+
+        A network that is compiled before they are counted is never compiled by torch 2.11:
+        https://github.com/pytorch/pytorch/issues/190286
+        """
         if self.compile_mode:
-            self.network.compile(mode=self.compile_mode)
+            self.network.compile(mode=self.compile_mode, dynamic=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps float images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""

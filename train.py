@@ -201,7 +201,7 @@ class CLI(LightningCLI):
                 self.model.class_names = self.checkpoint["class_names"]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config, given = self.config[self.subcommand], self.config_init[self.subcommand].trainer
+        given = self.config_init[self.subcommand].trainer
         callbacks = [*self.own_callbacks(), *as_list(given.callbacks)]
         check_callbacks(callbacks)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -210,16 +210,25 @@ class CLI(LightningCLI):
             if sys.stdout.isatty():
                 callbacks.append(TQDMProgressBar(refresh_rate=10))
         plugins = as_list(given.plugins)
-        plugins += own_plugins(plugins)
-        if config.trainer.logger in (None, True):
-            kwargs["logger"] = False  # RunFolder makes it
-        if config.data.val_size == 0:
-            kwargs["limit_val_batches"] = 0
-        kwargs["enable_model_summary"] = False  # Lightning's own
+        kwargs |= {"callbacks": callbacks, "plugins": plugins + own_plugins(plugins)}
         try:
-            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+            return super().instantiate_trainer(**kwargs, **self.trainer_options())
         except TypeError as error:  # of an option, as `devices: x`: no bug
             raise ValueError(error) from error
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Options of the Trainer that follow from others."""
+        config = self.config[self.subcommand]
+        options: dict[str, Any] = {"enable_model_summary": False}  # Lightning's own
+        if config.trainer.logger in (None, True):
+            options["logger"] = False  # RunFolder makes it
+        if config.data.val_size == 0:
+            options["limit_val_batches"] = 0
+        if config.model.compile and self.subcommand == "fit":
+            # After a first CUDA graph in inference mode, that of the sanity check, none can be
+            # captured in training: https://github.com/pytorch/pytorch/issues/135892
+            options["inference_mode"] = False
+        return options
 
     def own_callbacks(self) -> list[Callback]:
         """What a command needs beside the defaults and the callbacks of the user."""

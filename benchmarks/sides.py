@@ -91,8 +91,10 @@ def project_batches(root: str) -> Iterator[tuple[Tensor, Tensor]]:
     data.setup("fit")
     for epoch in itertools.count():
         for images, labels, positions in data.train_dataloader():
-            images, positions = images.to(DEVICE), positions.to(DEVICE)
-            yield data.augment(images, positions, epoch) / 255, labels.to(DEVICE)
+            images, labels, positions = (
+                part.to(DEVICE, non_blocking=True) for part in (images, labels, positions)
+            )
+            yield data.augment(images, positions, epoch) / 255, labels
 
 
 def autocast() -> torch.autocast:
@@ -176,7 +178,7 @@ class Usual(LightningModule):
 def run_usual(root: str, batches: int, options: list[str]) -> None:
     """B."""
     loader = per_image_loader(root, num_workers=os.cpu_count() or 1)
-    Trainer(max_epochs=-1, callbacks=[Turns(batches)]).fit(Usual(), loader)
+    Trainer(devices=1, max_epochs=-1, callbacks=[Turns(batches)]).fit(Usual(), loader)
 
 
 def run_fit(root: str, batches: int, options: list[str]) -> None:
@@ -184,7 +186,8 @@ def run_fit(root: str, batches: int, options: list[str]) -> None:
     find_source(root)
     sys.argv = [
         *("train.py", "fit", f"--data.root={root}", "--data.val_size=0"),
-        *("--trainer.max_epochs=1000000", "--trainer.callbacks+=__main__.Turns"),
+        *("--trainer.max_epochs=1000000", "--trainer.devices=1"),
+        "--trainer.callbacks+=__main__.Turns",
         *(f"--trainer.callbacks.batches={batches}", *options),
     ]
     train.main()

@@ -94,7 +94,8 @@ class Cutout:
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         rows, columns = self._covered(draws["row"]), self._covered(draws["column"])
         square = rows[:, None, :, None] & columns[:, None, None, :]
-        return torch.where(square, self.colour.to(images.device), images)
+        self.colour = self.colour.to(images.device)
+        return torch.where(square, self.colour, images)
 
     def _covered(self, centre: Tensor) -> Tensor:
         """(N, size) bool: which rows, or columns, the squares with these centres cover."""
