@@ -97,7 +97,8 @@ def measure_sides(
         for name in names:
             sides[name] = Side(name, root, batches, options if name == "C" else [], folder)
             stack.callback(sides[name].end)
-            sides[name].read_figures()
+        for side in sides.values():
+            side.read_figures()
         for number in range(WARM_UP + rounds):
             for name, side in sides.items():
                 figures = side.take_turn()
@@ -247,7 +248,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data.root", dest="root", default="data", help="where CIFAR-10 lies")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--sides", help="sides to compare, such as C,D, and measure nothing else")
     parser.add_argument("--output", type=Path, default=Path("speed.json"), help="all values")
     arguments, options = parser.parse_known_args()
@@ -261,8 +262,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     arguments, options = parse_arguments()
     root, names = arguments.root, arguments.sides.split(",") if arguments.sides else list(SIDES)
-    rounds, few, values = (2, 2, 1) if arguments.quick else (24, 6, 4)
-    batches = 10 if DEVICE.type == "cpu" else 500  # a GPU's epochs are short
+    rounds, few, values, batches = (2, 2, 1, 2) if arguments.quick else (24, 6, 4, 10)
+    if DEVICE.type != "cpu":
+        batches *= 50  # a GPU's epochs are short
     results = measure_sides(names, root, rounds, batches, options)
     if not arguments.sides:
         results |= {
