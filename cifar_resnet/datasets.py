@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from glob import iglob
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -336,17 +335,15 @@ def is_image(path: Path) -> bool:
 def image_files(names: Iterable[str]) -> list[Path]:
     """The files with these names and the images in the folders with these names, each once.
 
-    Of a folder: at every level, sorted, through links, without hidden files and folders.
+    Of a folder: at every level, sorted, without hidden files and folders.
 
     Raises:
         FileNotFoundError: If a name is neither of a file nor of a folder with images.
     """
     files: dict[Path, None] = {}
     for path in map(Path, names):
-        # Unlike rglob, iglob follows links to folders, as torchvision does for the training.
-        below = iglob("**", root_dir=path, recursive=True)
-        images = sorted(path / name for name in below if is_image(Path(name)))
-        found = [path] if path.is_file() else [image for image in images if image.is_file()]
+        below = (f for f in path.rglob("*") if f.is_file() and is_image(f.relative_to(path)))
+        found = [path] if path.is_file() else sorted(below)
         if not found:
             raise FileNotFoundError(f"there is no image at {str(path)!r}")
         files |= dict.fromkeys(found)

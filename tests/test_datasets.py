@@ -545,14 +545,13 @@ def test_image_files_of_folders(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "k").symlink_to("c")
 
     def found(*names: str) -> list[str]:
         files = image_files(str(tmp_path / name) for name in names)
         return [str(file.relative_to(tmp_path)) for file in files]
 
-    assert found("") == ["a.JPG", "c/b.gif", "d.png", "k/b.gif"]
-    assert found("j.txt", "d.png", "", "c") == ["j.txt", "d.png", "a.JPG", "c/b.gif", "k/b.gif"]
+    assert found("") == ["a.JPG", "c/b.gif", "d.png"]
+    assert found("j.txt", "d.png", "", "c") == ["j.txt", "d.png", "a.JPG", "c/b.gif"]
     assert found(".e.png", ".f") == [".e.png", ".f/g.png"]
     for missing in ("no.png", "folder.png"):
         with pytest.raises(FileNotFoundError, match=f"there is no image at '.*{missing}'"):
