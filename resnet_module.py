@@ -355,7 +355,7 @@ class ResNetModule(LightningModule):
             options["total_steps"] = self.scheduler_steps()
         scheduler: Any = self.lr_scheduler(optimizer, **options)
         interval, monitor = self.hparams["lr_interval"], getattr(scheduler, "monitor", None)
-        # ReduceLROnPlateau has a metric to monitor; it may be new in every nth epoch only.
+        # A validation metric, as ReduceLROnPlateau monitors it, is new after a validation only.
         with_validation = interval == "epoch" and str(monitor).startswith("val")
         return {
             "optimizer": optimizer,

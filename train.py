@@ -155,12 +155,16 @@ class CLI(LightningCLI):
             print_once(
                 f"Precision: {config.trainer.precision}, which the hardware computes natively"
             )
+        if config.model.compile and self.subcommand == "fit":
+            # After a first CUDA graph in inference mode, that of the sanity check, none can be
+            # captured in training: https://github.com/pytorch/pytorch/issues/135892
+            config.trainer.inference_mode = False
         if config.trainer.accelerator == "auto" and not GPU_FOUND:
             print_once("No GPU found: running on the CPU")
 
     def check(self, config: Any) -> None:
         """Refuses impossible options before anything is made or written."""
-        if config.ckpt != parse_checkpoint_name(sys.argv[1:])[0]:
+        if config.ckpt not in (None, parse_checkpoint_name(sys.argv[1:])[0]):
             raise ValueError("ckpt must be given on the command line, not in a configuration")
         if self.path is None and (config.ckpt or self.subcommand != "fit"):
             raise ValueError(f"{self.subcommand} must stand before all options")
@@ -224,10 +228,6 @@ class CLI(LightningCLI):
             options["logger"] = False  # RunFolder makes it
         if config.data.val_size == 0:
             options["limit_val_batches"] = 0
-        if config.model.compile and self.subcommand == "fit":
-            # After a first CUDA graph in inference mode, that of the sanity check, none can be
-            # captured in training: https://github.com/pytorch/pytorch/issues/135892
-            options["inference_mode"] = False
         return options
 
     def own_callbacks(self) -> list[Callback]:
@@ -288,7 +288,7 @@ def as_list(option: Any) -> list[Any]:
 
 
 def own_plugins(given: list[Any]) -> list[Any]:
-    """Atomic checkpoints and, in a SLURM job, its ranks, unless torchrun or the user gives them."""
+    """Atomic checkpoints; in a SLURM job also its ranks, unless torchrun or a plugin sets them."""
     in_job = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     if not in_job or any(isinstance(plugin, ClusterEnvironment) for plugin in given):
         return [AtomicCheckpointIO()]

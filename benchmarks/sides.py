@@ -2,7 +2,7 @@
 
     A  the note's script: each image transformed by torchvision in the main process, float32
     B  Lightning as it is usually written: the same transforms in DataLoader workers, loss and
-       accuracy logged at every step, the Trainer's defaults
+       accuracy logged at every step, the Trainer's defaults, one device
     C  this project's `python train.py fit`
     D  a bare loop: this project's network, data path and precision without Lightning
 

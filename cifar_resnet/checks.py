@@ -116,6 +116,8 @@ def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> No
     """
     if not is_resumable(checkpoint):
         raise ValueError("ckpt holds weights only, from which fit cannot go on; test can use them")
+    if "dataset" not in checkpoint["datamodule_hyper_parameters"]:
+        raise ValueError("ckpt was trained in Python on data of one's own: resume it there")
     progress = checkpoint["loops"].get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     if not progress.get("is_last_batch"):
         raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")

@@ -192,6 +192,7 @@ def test_runs_that_could_not_resume_are_refused(digits_run: DigitsRun) -> None:
     for config, content, message in [
         (fit_config(), {"state_dict": {}}, "holds weights only"),
         (fit_config(), checkpoint | {"loops": within}, "saved within an epoch"),
+        (fit_config(), checkpoint | {"datamodule_hyper_parameters": {}}, "data of one's own"),
         (fit_config(max_steps=100), checkpoint, "max_steps cannot end a resumed run"),
         (fit_config(max_epochs=2), checkpoint, "max_epochs is 2, but the checkpoint has 3"),
         (model, checkpoint, "model.optimizer.init_args.lr is 0.1, .* trained with 0.001"),
@@ -200,14 +201,20 @@ def test_runs_that_could_not_resume_are_refused(digits_run: DigitsRun) -> None:
             check_resume(config, content)
 
 
-def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) -> None:
-    """Which a worse epoch must not replace."""
-    checkpoints = Path(shutil.copytree(digits_run.folder, "moved")) / "checkpoints"
+def copy_with_best_score(folder: Path, score: float) -> Path:
+    """Copies a run; its checkpoints then say that its best epoch had this score."""
+    checkpoints = Path(shutil.copytree(folder, "moved")) / "checkpoints"
     last = torch.load(checkpoints / "last.ckpt", weights_only=True)
     state = last["callbacks"]["EpochCheckpoint best"]
-    state["best_model_score"] = state["kth_value"] = torch.tensor(1.0)  # not to be beaten
-    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(1.0))
+    state["best_model_score"] = state["kth_value"] = torch.tensor(score)
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(score))
     torch.save(last, checkpoints / "last.ckpt")
+    return checkpoints
+
+
+def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) -> None:
+    """Which a worse epoch must not replace."""
+    checkpoints = copy_with_best_score(digits_run.folder, 1.0)  # not to be beaten
     before = (checkpoints / "best.ckpt").read_bytes()
     resumed = run("fit", "--ckpt=moved/checkpoints/last.ckpt", "--trainer.max_epochs=4")
     assert resumed.code == 0, resumed.err
@@ -216,8 +223,8 @@ def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) ->
 
 
 def test_scores_of_two_metrics_are_not_compared(run: Run, digits_run: DigitsRun) -> None:
-    """No loss of the fourth epoch is as low as the accuracies of the first three."""
-    best = Path(shutil.copytree(digits_run.folder, "moved")) / "checkpoints" / "best.ckpt"
+    """An accuracy of 0 would be a loss that no epoch beats."""
+    best = copy_with_best_score(digits_run.folder, 0.0) / "best.ckpt"
     metric = ["--best_checkpoint.monitor=val/loss", "--best_checkpoint.mode=min"]
     last = str(best.with_name("last.ckpt"))
     resumed = run("fit", "--ckpt", last, "--trainer.max_epochs=4", *metric)

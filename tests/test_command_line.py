@@ -145,14 +145,14 @@ def test_compiled_network_validates_without_inference_mode(
     given: list[Any] = []
 
     def stop(cli: Any, **kwargs: Any) -> None:
-        given.append(kwargs.get("inference_mode"))
+        given.append(cli.config_init["fit"].trainer.inference_mode)
         sys.exit()
 
     monkeypatch.setattr(LightningCLI, "instantiate_trainer", stop)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     run("fit", *SMALL_DIGITS, "--model.compile=default")
     run("fit", *SMALL_DIGITS)
-    assert given == [False, None]
+    assert given == [False, True]
 
 
 def test_changed_data_options_are_reported(run: Run, digits_run: DigitsRun) -> None:
@@ -178,6 +178,8 @@ def test_checkpoint_in_a_configuration_is_refused(run: Run, best: Path) -> None:
     for command in (["fit"], ["test", "--ckpt", str(best)]):
         line = error_of(run(*command, "--config=c.yaml"))
         assert "ckpt must be given on the command line" in line
+    Path("c.yaml").write_text("ckpt: null")  # as every run's configuration has it
+    assert run("test", "--ckpt", str(best), "--config=c.yaml").code == 0
 
 
 @pytest.mark.parametrize("options", [["test"], ["fit", "--ckpt=last"]])

@@ -309,8 +309,10 @@ def test_compiled_network_computes_the_same() -> None:
 
 
 def test_only_fit_compiles(cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[str] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, dynamic: modes.append(mode))
+    modes: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode, dynamic: modes.append((mode, dynamic))
+    )
 
     def start(*args: Any) -> None:
         assert not modes  # until all callbacks have begun, of which one counts FLOPs
@@ -318,7 +320,7 @@ def test_only_fit_compiles(cifar10: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(CycleLengthCheck, "on_fit_start", start)
     module = ResNetModule(compile="reduce-overhead", **SMALL)
     trainer = fit(module, small_data(cifar10), tmp_path, epochs=1)
-    assert modes == ["reduce-overhead"]
+    assert modes == [("reduce-overhead", False)]
     trainer.test(module, small_data(cifar10), verbose=False)
     assert len(modes) == 1
     trainer.save_checkpoint(tmp_path / "model.ckpt")
