@@ -277,7 +277,7 @@ class ResNetModule(LightningModule):
     def on_fit_start(self) -> None:
         """Compiles the network, after callbacks have counted its FLOPs.
 
-        A network that is compiled before they are counted is never compiled by torch 2.11:
+        Where they are counted on a compiled network, torch before 2.14 may leave it uncompiled:
         https://github.com/pytorch/pytorch/issues/190286
         """
         if self.compile_mode:

@@ -79,7 +79,10 @@ class ConvMuon(SGD):
         for kernel in muon["params"]:
             if kernel.grad is None:
                 continue
-            buffer = self.state[kernel].setdefault("momentum_buffer", torch.zeros_like(kernel))
+            state = self.state[kernel]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(kernel)
+            buffer = state["momentum_buffer"]
             buffer.mul_(muon["momentum"]).add_(kernel.grad)
             update = kernel.grad.add(buffer, alpha=muon["momentum"]).flatten(1)
             kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
