@@ -1,5 +1,6 @@
 """Muon for convolutions: `--model.optimizer cifar_resnet.muon.ConvMuon`, for short runs."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,16 +10,19 @@ from torch.optim import SGD
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 
 
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Brings the singular values of a matrix near 1, by `steps` of a Newton-Schulz iteration."""
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Brings the singular values of matrices (..., rows, columns) near 1.
+
+    Each of the `steps` is a Newton-Schulz iteration.
+    """
     a, b, c = COEFFICIENTS
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / (x.norm() + 1e-7)
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+    return x.mT if is_tall else x
 
 
 class ConvMuon(SGD):
@@ -75,19 +79,28 @@ class ConvMuon(SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon = self.param_groups[0]
+        muon, alike = self.param_groups[0], defaultdict[torch.Size, list[Tensor]](list)
         for kernel in muon["params"]:
-            if kernel.grad is None:
-                continue
-            state = self.state[kernel]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(kernel)
-            buffer = state["momentum_buffer"]
-            buffer.mul_(muon["momentum"]).add_(kernel.grad)
-            update = kernel.grad.add(buffer, alpha=muon["momentum"]).flatten(1)
-            kernel.mul_(len(kernel) ** 0.5 / kernel.norm())
-            direction = orthogonalize(update, muon["steps"]).view_as(kernel)
-            kernel.sub_(direction, alpha=muon["lr"])
-            kernel.grad = None  # SGD leaves the kernel as it is
+            if kernel.grad is not None:
+                alike[kernel.shape].append(kernel)
+        for kernels in alike.values():
+            self._update(kernels, muon["lr"], muon["momentum"], muon["steps"])
         super().step()
         return loss
+
+    def _update(self, kernels: list[Tensor], lr: float, momentum: float, steps: int) -> None:
+        """Updates kernels of one shape at once: a GPU would spend its time starting operations."""
+        updates = []
+        for kernel in kernels:
+            state, grad = self.state[kernel], kernel.grad
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(kernel)
+            buffer = state["momentum_buffer"].mul_(momentum).add_(grad)
+            updates.append(buffer.mul(momentum).add_(grad))
+        directions = orthogonalize(torch.stack(updates).flatten(2), steps)
+        matrices = torch.stack(kernels).flatten(2)
+        scale = len(kernels[0]) ** 0.5 / matrices.norm(dim=(1, 2), keepdim=True)
+        matrices = scale * matrices - lr * directions
+        for kernel, matrix in zip(kernels, matrices, strict=True):
+            kernel.copy_(matrix.view_as(kernel))
+            kernel.grad = None  # SGD leaves the kernel as it is

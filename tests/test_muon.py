@@ -19,32 +19,36 @@ def train(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[
         optimizer.step()
 
 
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+def parameter(*shape: int, seed: int = 0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 @pytest.fixture
 def gradients() -> list[Tensor]:
-    return list(torch.randn((5, 8, 36), generator=torch.Generator().manual_seed(1)))
+    return list(torch.randn((5, 288), generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("cycled", [False, True])
 def test_kernels_move_as_torchs_muon_moves_matrices(gradients: list[Tensor], cycled: bool) -> None:
-    kernel, matrix = parameter(8, 4, 3, 3), parameter(8, 36)
+    shapes = ((8, 4, 3, 3), (4, 8, 3, 3), (8, 4, 3, 3))
+    kernels = [parameter(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in kernels]
     options = {"muon_lr": 0.1, "muon_momentum": 0.6, "weight_decay": 0.5}  # of the rest alone
-    ours = ConvMuon([parameter(8, 3, 3, 3), kernel], muon_steps=5, **options)
+    ours = ConvMuon([parameter(8, 3, 3, 3), *kernels], muon_steps=5, **options)
     if cycled:
         OneCycleLR(ours, max_lr=0.1, total_steps=10, div_factor=1)
     momentum = 0.95 if cycled else 0.6  # OneCycleLR begins with its max_momentum
-    torchs = Muon([matrix], lr=0.1, momentum=momentum, weight_decay=0, ns_steps=5)
+    torchs = Muon(matrices, lr=0.1, momentum=momentum, weight_decay=0, ns_steps=5)
     for gradient in gradients:
-        train(ours, [kernel], [gradient])
-        matrix.data.mul_(8**0.5 / matrix.norm())
-        train(torchs, [matrix], [gradient])
-    difference = (kernel.flatten(1) - matrix).norm() / matrix.norm()
-    assert difference < 0.01  # torch computes the update in bf16
-    far = parameter(8, 36)
-    assert (kernel.flatten(1) - far * 8**0.5 / far.norm()).norm() > 0.1
+        train(ours, kernels, [gradient])
+        for matrix in matrices:
+            matrix.data.mul_(len(matrix) ** 0.5 / matrix.norm())
+        train(torchs, matrices, [gradient])
+    for seed, (kernel, matrix) in enumerate(zip(kernels, matrices, strict=True)):
+        difference = (kernel.flatten(1) - matrix).norm() / matrix.norm()
+        assert difference < 0.01  # torch computes the update in bf16
+        far = parameter(*matrix.shape, seed=seed)
+        assert (kernel.flatten(1) - far * len(far) ** 0.5 / far.norm()).norm() > 0.1
 
 
 def test_other_parameters_move_as_by_torchs_sgd(gradients: list[Tensor]) -> None:
