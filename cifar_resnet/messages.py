@@ -81,5 +81,6 @@ def silence_lightning() -> None:
         "smaller than the logging interval",  # metrics are logged for each epoch, not by steps
     ):
         warnings.filterwarnings("ignore", f"(?s).*{message}")
-    adverts = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    adverts.addFilter(lambda record: "litlogger" not in record.getMessage())
+    silent = ("litlogger", "Tensor Cores")  # an advert; convolutions use Tensor Cores as they are
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: not any(text in record.getMessage() for text in silent))
