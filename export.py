@@ -21,8 +21,8 @@ from torch.export import Dim, ExportedProgram
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import LOGS, find_or_pretrained, give_scaling, read_checkpoint
-from cifar_resnet.messages import ScriptParser, relative
+from cifar_resnet.checkpoint import read_chosen
+from cifar_resnet.messages import ScriptParser, output_path, relative
 from resnet_module import ResNetModule
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -52,9 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
     options = parser.parse_args(args)
     try:
-        path = find_or_pretrained(options.ckpt, LOGS)
-        checkpoint = read_checkpoint(path)
-        give_scaling(checkpoint, options.input_mean, options.input_std)
+        path, checkpoint = read_chosen(options.ckpt, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -74,11 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def model_path(text: str) -> Path:
     """The path of a model that can be written."""
-    path = Path(text)
-    if path.suffix not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .onnx or .pt2")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
+    path = output_path(text, FORMATS)
     missing = [name for name in ONNX_PACKAGES if path.suffix == ".onnx" and not find_spec(name)]
     if missing:
         raise argparse.ArgumentTypeError(

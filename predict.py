@@ -8,10 +8,10 @@ comes with the project. The shorter side of an image is resized to what the netw
 centre is cropped.
 """
 
-import argparse
 import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,9 @@ from torch import Tensor
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
-from cifar_resnet.checkpoint import (
-    LOGS,
-    atomic_write,
-    find_or_pretrained,
-    give_scaling,
-    read_checkpoint,
-)
+from cifar_resnet.checkpoint import atomic_write, read_chosen
 from cifar_resnet.datasets import image_files, read_square
-from cifar_resnet.messages import ScriptParser, relative
+from cifar_resnet.messages import ScriptParser, output_path, relative
 from cifar_resnet.report import to_csv, to_json
 from resnet_module import ResNetModule
 
@@ -41,13 +35,12 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be UTF-8
     parser = ScriptParser(__doc__)
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
-    parser.add_argument("--output", type=table_path, help="file for the table: .csv or .json")
+    table = partial(output_path, endings=FORMATS)
+    parser.add_argument("--output", type=table, help="file for the table: .csv or .json")
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
-        path = find_or_pretrained(options.ckpt, LOGS)
-        checkpoint = read_checkpoint(path)
-        give_scaling(checkpoint, options.input_mean, options.input_std)
+        path, checkpoint = read_chosen(options.ckpt, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -62,16 +55,6 @@ def main(args: Sequence[str] | None = None) -> int:
         except OSError as error:
             parser.exit(1, f"error: {error}\n")
     return 0 if len(rows) == len(files) else 1
-
-
-def table_path(text: str) -> Path:
-    """The path of a table that can be written."""
-    path = Path(text)
-    if path.suffix not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .csv or .json")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
-    return path
 
 
 def predict(

@@ -237,10 +237,8 @@ class CLI(LightningCLI):
         options = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
         trainer, callbacks = options["trainer"], list[Callback]()
         if not trainer["fast_dev_run"]:
-            logs = Path(trainer["default_root_dir"] or "").expanduser() / LOGS
             epochs = completed_epochs(self.checkpoint) if self.run else 0
-            tensorboard = trainer["logger"] in (None, True)
-            callbacks.append(RunFolder(logs, options, tensorboard, self.run, epochs))
+            callbacks.append(RunFolder(options, self.run, epochs))
         if trainer["enable_model_summary"] is not False:
             callbacks.append(NetworkSummary(max_depth=2))
         return callbacks

@@ -46,19 +46,11 @@ def fit(recipe: Path, seed: int, options: list[str], folder: Path, place: list[s
     from cifar_resnet.checkpoint import find_checkpoint  # slow to import
 
     logs = folder / "lightning_logs"
-    if not list(logs.glob("*/checkpoints/last.ckpt")):
+    if list(logs.glob("*/checkpoints/last.ckpt")):
+        train_py("fit", "--ckpt", "last", *place)  # ends at once if the run is complete
+    else:
         train_py("fit", "--config", str(recipe), *options, *place, "--seed_everything", str(seed))
-    elif not is_finished(find_checkpoint("last", logs)):
-        train_py("fit", "--ckpt", "last", *place)
     return find_checkpoint("last", logs).parents[1]
-
-
-def is_finished(last: Path) -> bool:
-    """Whether the run of this checkpoint has completed all its epochs."""
-    from cifar_resnet.checkpoint import completed_epochs, read_checkpoint
-
-    config = yaml.safe_load((last.parents[1] / "config.yaml").read_text())
-    return bool(completed_epochs(read_checkpoint(last)) == config["trainer"]["max_epochs"])
 
 
 def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root: str) -> Row:
@@ -138,7 +130,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--runs", type=Path, default=Path("accuracy_runs"), help="folder for the runs"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of all results")
-    parser.add_argument("--data.root", "--data_root", dest="data_root", default="data")
+    parser.add_argument("--data.root", dest="data_root", default="data")
     parsed = parser.parse_args(arguments[:end])
     for recipe in parsed.recipes:
         if not recipe.is_file():

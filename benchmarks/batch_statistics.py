@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "checkpoint", nargs="?", default="best", help="a path, or best or last of the newest run"
     )
-    parser.add_argument("--data.root", "--data_root", dest="root", help="folder of the data")
+    parser.add_argument("--data.root", dest="root", help="folder of the data")
     arguments = parser.parse_args()
     try:
         path = find_checkpoint(arguments.checkpoint, LOGS)

@@ -137,13 +137,11 @@ class Augmenter:
     def __call__(self, images: Tensor, positions: Tensor, epoch: int) -> Tensor:
         """Augments the training images (N, C, H, W) uint8 with these positions (N,) int64."""
         if epoch != self._epoch:
-            self._epoch, self._draws = (
-                epoch,
-                [
-                    {name: value.to(images.device) for name, value in draws.items()}
-                    for draws in self.draw(epoch)
-                ],
-            )
+            self._epoch = epoch
+            self._draws = [
+                {name: value.to(images.device) for name, value in draws.items()}
+                for draws in self.draw(epoch)
+            ]
         for augmentation, draws in zip(self.augmentations, self._draws, strict=True):
             images = augmentation.apply(images, {n: value[positions] for n, value in draws.items()})
         return images

@@ -311,10 +311,10 @@ class TensorBoardImages(Callback):
             return
         names = pl_module.class_names
         self.probabilities, self.labels = self.predictions.compute()
-        counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
-        rows = zip(names, counts.diag(), counts.sum(dim=1), strict=True)
+        self.counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
+        rows = zip(names, self.counts.diag(), self.counts.sum(dim=1), strict=True)
         accuracies = {f"val_class/{name}": float(right / n) for name, right, n in rows if n}
-        pl_module.log_dict(accuracies, sync_dist=True)
+        pl_module.log_dict(accuracies)  # of the images of all processes
         self.drawn, self.epoch = False, trainer.current_epoch + 1
         if self.epoch % self.every_n_epochs == 0:
             self.draw(writer, trainer, pl_module)
@@ -332,10 +332,9 @@ class TensorBoardImages(Callback):
     @rank_zero_only
     def draw(self, writer: SummaryWriter, trainer: Trainer, pl_module: Any) -> None:
         """Draws the latest validation's pictures."""
-        self.drawn, names = True, pl_module.class_names
-        right = (self.probabilities.argmax(dim=1) == self.labels).float().mean()
-        title = f"Validation after epoch {self.epoch}: accuracy {right:.2%}"
-        counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
+        self.drawn, names, counts = True, pl_module.class_names, self.counts
+        accuracy = counts.diag().sum() / counts.sum()
+        title = f"Validation after epoch {self.epoch}: accuracy {accuracy:.2%}"
         writer.add_figure(
             "val/confusion matrix", confusion_figure(counts, names, title), self.epoch
         )

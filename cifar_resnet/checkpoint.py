@@ -191,18 +191,35 @@ def find_checkpoint(name: str, logs: Path) -> Path:
     return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
 
 
-def find_or_pretrained(name: str | None, logs: Path) -> Path:
-    """The checkpoint called `name`; without one, the newest run's best or else `PRETRAINED`.
+def read_chosen(
+    name: str | None, mean: list[float] | None, std: list[float] | None
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's path and content: that of `name`, or the newest run's best, or `PRETRAINED`.
+
+    Args:
+        name: `best` or `last` of the newest run, or a path. None means `best` or, if there is no
+            run, `PRETRAINED`.
+        mean: Subtracted from each channel: the input scaling that other projects' files lack.
+        std: What each channel is then divided by.
 
     Raises:
-        FileNotFoundError: If there is none of that name.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it can't be read, or has an input scaling of its own.
     """
     try:
-        return find_checkpoint(name or "best", logs)
+        path = find_checkpoint(name or "best", LOGS)
     except FileNotFoundError:
         if name:
             raise
-        return PRETRAINED
+        path = PRETRAINED
+    checkpoint = read_checkpoint(path)
+    if mean or std:
+        if std and min(std) <= 0:
+            raise ValueError(f"input_std is {std}: each must be more than 0")
+        if "mean" in checkpoint["state_dict"]:
+            raise ValueError(f"{path} has its own input scaling: leave input_mean and _std out")
+        checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
+    return path, checkpoint
 
 
 def version_number(run: Path) -> int:
@@ -242,23 +259,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     # Data of another class than this project's are shown as they are.
     content["datamodule_hyper_parameters"].setdefault("augmentation", "none")
     return content
-
-
-def give_scaling(
-    checkpoint: dict[str, Any], mean: list[float] | None, std: list[float] | None
-) -> None:
-    """Adds the input scaling, by channel, that other projects' files lack.
-
-    Raises:
-        ValueError: If the checkpoint has its own.
-    """
-    if mean is None and std is None:
-        return
-    if std and min(std) <= 0:
-        raise ValueError(f"input_std is {std}: each must be more than 0")
-    if "mean" in checkpoint["state_dict"]:
-        raise ValueError("the checkpoint has its own input scaling: leave input_mean and _std out")
-    checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
 
 
 def is_resumable(checkpoint: Mapping[str, Any]) -> bool:

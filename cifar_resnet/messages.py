@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +45,16 @@ class ScriptParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(message, 2)
+
+
+def output_path(text: str, endings: Iterable[str]) -> Path:
+    """A path, given on the command line, of a file that can be written and ends so."""
+    path = Path(text)
+    if path.suffix not in endings:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(endings)}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
+    return path
 
 
 class CommandParser(LightningArgumentParser):

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar_resnet.checkpoint import (
+    LOGS,
     EpochCheckpoint,
     atomic_write,
     model_checkpoints,
@@ -33,24 +34,16 @@ class RunFolder(Callback):
     start (run.json) and TensorBoard's events. Loggers that the user chooses log where they choose.
 
     Args:
-        logs: Folder of all runs.
         config: All options of `fit`, as plain data.
-        tensorboard: Whether to log to TensorBoard.
         resumed: Folder of the run that is resumed.
         epochs: Number of epochs that it has completed.
     """
 
-    def __init__(
-        self,
-        logs: Path,
-        config: dict[str, Any],
-        tensorboard: bool,
-        resumed: Path | None = None,
-        epochs: int = 0,
-    ) -> None:
-        self.logs = logs
+    def __init__(self, config: dict[str, Any], resumed: Path | None, epochs: int) -> None:
         self.config = without_unwritable(config)
-        self.tensorboard = tensorboard
+        trainer = config["trainer"]
+        self.logs = Path(trainer["default_root_dir"] or "").expanduser() / LOGS
+        self.tensorboard = trainer["logger"] in (None, True)
         self.resumed = resumed
         self.epochs = epochs
         self.folder: Path | None = None

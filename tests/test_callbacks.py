@@ -43,7 +43,7 @@ CYCLE = partial(OneCycleLR, max_lr=0.1, total_steps=3)
 def fit(
     root: Path, *used: Callback, val_size: int = 50, ckpt: Path | None = None, **options: Any
 ) -> Trainer:
-    """Two such epochs with these callbacks alone; options of the schedule and of Trainer."""
+    """Two epochs with these callbacks alone; `options` are the module's `lr_…` and Trainer's."""
     schedule = {name: options.pop(name) for name in [*options] if name.startswith("lr_")}
     defaults: dict[str, Any] = {"max_epochs": 2, "logger": False, "default_root_dir": root}
     trainer = Trainer(

@@ -244,11 +244,3 @@ def test_two_checkpoints_may_save_as_often() -> None:
     """Their states must not be taken for each other's."""
     callbacks: Any = [EpochCheckpoint("last"), EpochCheckpoint("epoch_{epoch}", save_top_k=-1)]
     Trainer(callbacks=callbacks, accelerator="cpu", logger=False)
-
-
-def test_copy_of_a_checkpoint_is_self_contained(digits_run: DigitsRun, tmp_path: Path) -> None:
-    copy = Path(shutil.copy(digits_run.best, tmp_path / "copy.ckpt"))
-    module = ResNetModule.from_checkpoint(read_checkpoint(copy))
-    assert module.class_names == list("0123456789")
-    assert not torch.equal(module.std, torch.ones(3, 1, 1))
-    assert not module.training

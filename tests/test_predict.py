@@ -220,4 +220,4 @@ def test_scaling_of_other_projects_weights(
     assert row["probability"] == pytest.approx(share, abs=1e-3)
     with pytest.raises(SystemExit):
         predict.main(["pets/a.png", "--ckpt=best.ckpt", *scaling])
-    assert "error: the checkpoint has its own input scaling" in capsys.readouterr().err
+    assert "error: best.ckpt has its own input scaling" in capsys.readouterr().err
