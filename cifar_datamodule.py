@@ -75,7 +75,8 @@ class CIFARDataModule(LightningDataModule):
             validation images of its own.
         batch_size: Training images per batch, in each process.
         eval_batch_size: Validation and test images per batch, in each process. By default 1,000
-            on a GPU, and 100 on a CPU, whose caches hold no more.
+            on a GPU, or fewer if they are larger than 32×32, and 100 on a CPU, whose caches hold
+            no more.
         val_size: Training images held out for validation, the same share of each class and the
             same images for every seed. 0 trains on all training images and validates on none. Any
             other number has no effect if the data set has validation images of its own.
@@ -227,7 +228,8 @@ class CIFARDataModule(LightningDataModule):
         # The plain DistributedSampler would repeat images to give every process as many.
         sampler = UnrepeatedDistributedSampler(data, *self._processes(), shuffle=False)
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
-        batch_size = self.hparams["eval_batch_size"] or (100 if on_cpu else 1000)
+        default = 100 if on_cpu else max(1, 1000 * 32**2 // self.hparams["image_size"] ** 2)
+        batch_size = self.hparams["eval_batch_size"] or default
         return self._loader(data, batch_size, sampler)
 
     def _processes(self) -> tuple[int, int]:

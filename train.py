@@ -59,6 +59,7 @@ from cifar_resnet.checks import (
     check_model_options,
     check_options,
     check_resume,
+    check_split,
 )
 from cifar_resnet.datasets import LabelledImages
 from cifar_resnet.messages import (
@@ -140,8 +141,15 @@ class CLI(LightningCLI):
             # From an earlier checkpoint a new run branches off; the old one stays as it is.
             self.run = run if self.path.absolute() == run / "checkpoints" / "last.ckpt" else None
             return [command, f"--config={run / 'config.yaml'}", *args[1:]]
-        stored = json.dumps(stored_config(self.checkpoint), ensure_ascii=False)
-        return [command, f"--config={stored}", *args[1:]]
+        stored = stored_config(self.checkpoint)
+        if command == "fit":
+            print_once(
+                "Note: the checkpoint is not in its run's folder: options of trainer and of "
+                "checkpoints are the defaults, unless given"
+            )
+        else:  # needs neither, and their options may be of an earlier version
+            stored["model"] = without_training(stored["model"])
+        return [command, f"--config={json.dumps(stored, ensure_ascii=False)}", *args[1:]]
 
     def before_instantiate_classes(self) -> None:
         """Sets the defaults that depend on the hardware; refuses impossible options."""
@@ -190,9 +198,9 @@ class CLI(LightningCLI):
             for name, (before, now) in changed_options(options["data"], stored).items():
                 print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
         elif self.checkpoint["class_names"]:  # of this project
-            training = ("optimizer", "lr_scheduler")
-            model = {n: value for n, value in options["model"].items() if n not in training}
-            check_model_options(model, self.checkpoint)
+            check_model_options(without_training(options["model"]), self.checkpoint)
+            if self.subcommand == "validate":
+                check_split(options["data"], self.checkpoint)
 
     def instantiate_classes(self) -> None:
         self.collector = PredictionCollector(self.config[self.subcommand].mirror)
@@ -310,6 +318,11 @@ def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     model.pop("num_classes", None)  # follows from the data
     seed = data.pop("seed", None)  # follows from seed_everything
     return {"model": model, "data": data} | ({} if seed is None else {"seed_everything": seed})
+
+
+def without_training(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's options without those that training alone needs."""
+    return {n: value for n, value in model.items() if n not in ("optimizer", "lr_scheduler")}
 
 
 def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:

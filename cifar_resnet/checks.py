@@ -35,13 +35,9 @@ def check_options(command: str, config: Any) -> None:
         raise ValueError("data.val_size is 0: there are no validation images")
     if config.seed_everything is False:
         raise ValueError("seed_everything is false: give a number, or true to have one drawn")
-    best = config.best_checkpoint
-    for metric, worst, right in (("loss", "max", "min"), ("acc", "min", "max")):
-        if best.monitor.endswith(metric) and best.mode == worst:
-            raise ValueError(
-                f"best_checkpoint.monitor is {best.monitor}, of which {worst} would keep the "
-                f"worst: give --best_checkpoint.mode {right}"
-            )
+    check_mode("best_checkpoint", config.best_checkpoint)
+    scheduler = config.model.lr_scheduler
+    check_mode("model.lr_scheduler", scheduler and scheduler.get("init_args"))
     for limit in LIMITS[command]:
         if config.trainer[limit] == 0:
             raise ValueError(f"trainer.{limit} is 0: there is nothing to {command}")
@@ -54,13 +50,29 @@ def check_options(command: str, config: Any) -> None:
         torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
 
 
+def check_mode(owner: str, options: Any) -> None:
+    """Refuses to take the lowest accuracy, or the highest loss, for the best.
+
+    Raises:
+        ValueError: If `options` has such a `monitor` and `mode`.
+    """
+    monitor, mode = str(getattr(options, "monitor", "")), getattr(options, "mode", None)
+    for metric, worst, right in (("loss", "max", "min"), ("acc", "min", "max")):
+        if monitor.endswith(metric) and mode == worst:
+            raise ValueError(
+                f"{owner}.monitor is {monitor}, of which mode {worst} takes the worst for the "
+                f"best: give mode {right}"
+            )
+
+
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuses callbacks that change an option.
+    """Refuses callbacks that change an option, or take the worst for the best.
 
     Raises:
         ValueError: If there is one.
     """
     for callback in callbacks:
+        check_mode(type(callback).__name__, callback)
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
             raise ValueError(
                 f"{type(callback).__name__} changes options that config.yaml then lacks: "
@@ -101,6 +113,20 @@ def check_model_options(model: Mapping[str, Any], checkpoint: Mapping[str, Any])
         raise ValueError(
             f"model.{name} is {now}, but the checkpoint was trained with {before}: leave it out, "
             "or begin a new run"
+        )
+
+
+def check_split(data: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Refuses to validate on images that a checkpoint was trained on.
+
+    Raises:
+        ValueError: If `val_size` was another one then.
+    """
+    stored = checkpoint["datamodule_hyper_parameters"].get("val_size", data["val_size"])
+    if data["val_size"] != stored:
+        raise ValueError(
+            f"data.val_size is {data['val_size']}, but the checkpoint was trained with {stored}: "
+            "images that trained would validate; leave it out, or use test"
         )
 
 

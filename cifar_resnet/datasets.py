@@ -275,6 +275,11 @@ class ImageFolderDataset:
                     f"{self.folder} must have the same classes in train/ and {part}/, "
                     f"but only one of them has {', '.join(different)}"
                 )
+        for name in names:
+            if name != name.encode(errors="replace").decode():
+                raise MisconfigurationException(
+                    f"{self.folder}: the class name {name!a} is not UTF-8: rename the folder"
+                )
         if len(names) < 2:
             raise MisconfigurationException(
                 f"{self.folder} has the classes {names}: a classifier needs at least two"

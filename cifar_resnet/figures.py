@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLUMNS = 8  # of an image grid
 MAX_MISTAKES = 24
 MAX_CLASSES_WITH_NUMBERS = 20  # numbers in the cells of a larger confusion matrix are illegible
+MAX_CLASSES_WITH_NAMES = 200  # beside a larger one names are illegible, and take seconds to draw
 
 
 def shorten(names: Sequence[str], length: int) -> list[str]:
@@ -48,6 +49,8 @@ def confusion_figure(counts: Tensor, names: Sequence[str], title: str) -> "Figur
         xticks_rotation="vertical",
         colorbar=len(names) > MAX_CLASSES_WITH_NUMBERS,
     )
+    if len(names) > MAX_CLASSES_WITH_NAMES:
+        axes.set(xticks=[], yticks=[])
     for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
         label.set(fontsize=min(10, 600 / len(names)), parse_math=False)  # a "$" is no formula
     figure.suptitle(f"{title}\n% of the images of each true class", fontsize=11)

@@ -24,6 +24,7 @@ from cifar_resnet.checkpoint import (
     model_checkpoints,
     version_number,
 )
+from cifar_resnet.messages import print_once
 from cifar_resnet.report import to_json
 
 
@@ -84,7 +85,10 @@ class RunFolder(Callback):
         atomic_write(folder / "config.yaml", config)
         command = shlex.join(["python", *sys.argv])
         start = {"command": command, "seed": self.config["seed_everything"]}
-        atomic_write(file, to_json([*starts, start | describe_run(trainer)]))
+        start |= describe_run(trainer)
+        if starts and starts[-1]["data"]["checksum"] != start["data"]["checksum"]:
+            print_once("Note: the images have changed: some that trained before may validate now")
+        atomic_write(file, to_json([*starts, start]))
         if logger := tensorboard_logger(trainer):
             lines = [command, "", "with all its options, as in config.yaml:", ""]
             text = "".join(f"    {line}\n" for line in [*lines, *config.splitlines()])
@@ -111,9 +115,9 @@ class RunFolder(Callback):
         for name in ("optimizer", "lr_scheduler"):
             chosen = options[name]
             options[name] = chosen and str(chosen["class_path"]).rsplit(".", 1)[-1]
-        optimizer = trainer.optimizers[0]
+        group = trainer.optimizers[0].param_groups[0]
         return options | {
-            "lr": optimizer.param_groups[0].get("max_lr") or optimizer.defaults["lr"],
+            "lr": group.get("max_lr") or group.get("initial_lr", group["lr"]),
             "epochs": trainer.max_epochs,
             "precision": trainer.precision,
             "effective_batch_size": effective_batch_size(trainer),

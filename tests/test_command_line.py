@@ -25,6 +25,11 @@ from resnet_module import ResNet, ResNetModule
 
 PROJECT = Path(train.__file__).parent
 MUON = "--model.optimizer cifar_resnet.muon.ConvMuon"
+STOPPING = "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/acc"
+PLATEAU = (
+    "--model.lr_scheduler lightning.pytorch.cli.ReduceLROnPlateau "
+    "--model.lr_scheduler.monitor val/acc"
+)
 
 
 def config_of(version: int = 0) -> dict[str, Any]:
@@ -101,10 +106,21 @@ def test_seed_of_a_checkpoint_is_the_runs(run: Run) -> None:
     """Resumed from a checkpoint that has lost its run's folder."""
     run("fit", *SMALL_DIGITS, "--trainer.max_epochs=1", "--seed_everything=1")
     shutil.copy("lightning_logs/version_0/checkpoints/last.ckpt", "mine.ckpt")
-    assert run("fit", "--ckpt=mine.ckpt", "--trainer.max_epochs=2").code == 0
+    outcome = run("fit", "--ckpt=mine.ckpt", "--trainer.max_epochs=2")
+    assert outcome.code == 0
+    assert "options of trainer and of checkpoints are the defaults" in outcome.out
     assert config_of(1)["seed_everything"] == 1
     last = read_checkpoint(Path("lightning_logs/version_1/checkpoints/last.ckpt"))
     assert last["datamodule_hyper_parameters"]["seed"] == 1
+
+
+def test_optimizer_that_is_gone_hinders_no_test(run: Run, best: Path) -> None:
+    checkpoint = torch.load(best, weights_only=True)
+    for name in ("optimizer", "lr_scheduler"):
+        checkpoint["hyper_parameters"][name] = {"class_path": "gone", "init_args": {"lr": 1}}
+    torch.save(checkpoint, best)
+    outcome = run("test", "--ckpt", str(best))
+    assert outcome.code == 0, outcome.err
 
 
 def test_options_survive_a_checkpoint(run: Run) -> None:
@@ -160,6 +176,16 @@ def test_changed_data_options_are_reported(run: Run, digits_run: DigitsRun) -> N
     options = ["--data.augmentation=pad", "--trainer.max_epochs=4"]
     outcome = run("fit", "--ckpt=run/checkpoints/last.ckpt", *options)
     assert 'Note: data.augmentation is "pad", and was "zoom" so far in this run' in outcome.out
+
+
+def test_changed_images_are_reported(run: Run, digits_run: DigitsRun) -> None:
+    shutil.copytree(digits_run.folder, "run")
+    starts = json.loads(Path("run/run.json").read_text())
+    starts[-1]["data"]["checksum"] = "sha256:0"
+    Path("run/run.json").write_text(json.dumps(starts))
+    for epochs, expected in ((4, True), (5, False)):
+        outcome = run("fit", "--ckpt=run/checkpoints/last.ckpt", f"--trainer.max_epochs={epochs}")
+        assert ("Note: the images have changed" in outcome.out) == expected
 
 
 def test_without_validation_the_last_is_tested(run: Run) -> None:
@@ -231,12 +257,15 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("fit --ckpt", "has a last.ckpt"),
         ("test --ckpt", "has a best.ckpt"),
         ("test", "has a best.ckpt"),
-        ("fit --best_checkpoint.monitor val/loss", "of which max would keep the worst"),
-        ("fit --best_checkpoint.mode min", "of which min would keep the worst"),
+        ("fit --best_checkpoint.monitor val/loss", "of which mode max takes the worst"),
+        ("fit --best_checkpoint.mode min", "of which mode min takes the worst"),
+        (f"fit {STOPPING}", "EarlyStopping.monitor is val/acc, of which mode min takes the worst"),
+        (f"fit {PLATEAU}", "model.lr_scheduler.monitor is val/acc, of which mode min takes"),
         ("fit --seed_everything false", "seed_everything is false: give a number"),
         ("test --ckpt nowhere.ckpt", "ckpt is 'nowhere.ckpt': there is no such file"),
         ("test --ckpt .", "ckpt is '.': that is a folder"),
         ("validate --ckpt older.ckpt --data.val_size 0", "val_size is 0"),
+        ("validate --ckpt older.ckpt --data.val_size 9", "val_size is 9, but the checkpoint was"),
         ("test --ckpt older.ckpt --trainer.limit_test_batches 0", "there is nothing to test"),
         ("validate --ckpt older.ckpt --trainer.limit_val_batches 0", "limit_val_batches is 0"),
         ("predict --ckpt older.ckpt --trainer.limit_predict_batches 0", "nothing to predict"),

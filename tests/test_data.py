@@ -363,12 +363,15 @@ def test_evaluation_batches_on_a_cpu(cifar10: Path) -> None:
     assert sizes(eval_batch_size=50) == [50, 50, 20]
 
 
-def test_evaluation_batches_of_another_device_are_large(cifar10: Path) -> None:
-    data: Any = CIFARDataModule(str(cifar10), val_size=50)
+@pytest.mark.parametrize(("size", "expected"), [(32, 1000), (64, 250)])
+def test_evaluation_batches_of_another_device_are_large(
+    cifar10: Path, size: int, expected: int
+) -> None:
+    data: Any = CIFARDataModule(str(cifar10), val_size=50, image_size=size)
     data.setup("fit")
     strategy = SimpleNamespace(root_device=torch.device("cuda"))
     data.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
-    assert data.val_dataloader().batch_size == 1000
+    assert data.val_dataloader().batch_size == expected
 
 
 @pytest.mark.parametrize("val_size", [5, 246, 250, 5000])

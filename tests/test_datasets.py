@@ -471,6 +471,13 @@ def test_too_few_classes_are_refused(pets: Path) -> None:
         _ = data.num_classes
 
 
+def test_class_whose_name_is_not_utf8_is_refused(pets: Path) -> None:
+    for part in ("train", "test"):
+        (pets / part / "dog").rename(pets / part / "K\udce4fer")  # Käfer in Latin-1
+    with pytest.raises(MisconfigurationException, match=r"class name 'K\\udce4fer' is not UTF-8"):
+        ImageFolderDataset(pets, 32).prepare(Path(), [])
+
+
 def test_unknown_dataset_is_named() -> None:
     message = (
         "dataset is 'cifar11': choose cifar10, cifar100, digits, "

@@ -291,13 +291,15 @@ def test_confusion_figure_shows_percent_of_each_true_class() -> None:
     assert axes.get_ylabel() == "True label"
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("classes", [2, 10, 100, 201])
 def test_figures_are_png_files_with_any_number_of_classes(classes: int) -> None:
     names = [f"${i}_$".ljust(60, "x") for i in range(classes)]  # long, and no formulas
     probabilities, labels = random_predictions(1000, classes)
-    counts = torch.from_numpy(confusion_matrix(labels, probabilities.argmax(dim=1)))
+    predicted = probabilities.argmax(dim=1)
+    counts = torch.from_numpy(confusion_matrix(labels, predicted, labels=range(classes)))
     matrix = confusion_figure(counts, names, "Title")
     assert len(matrix.axes[0].texts) == (classes**2 if classes <= 20 else 0)
+    assert len(matrix.axes[0].get_yticklabels()) == (classes if classes <= 200 else 0)
     mistakes = mistakes_figure(random_images(1000), probabilities, labels, names, "Title")
     for figure in (matrix, mistakes):
         image = Image.open(BytesIO(to_png(figure)))
