@@ -228,7 +228,8 @@ class CIFARDataModule(LightningDataModule):
         # The plain DistributedSampler would repeat images to give every process as many.
         sampler = UnrepeatedDistributedSampler(data, *self._processes(), shuffle=False)
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
-        default = 100 if on_cpu else max(1, 1000 * 32**2 // self.hparams["image_size"] ** 2)
+        side = max(32, self.hparams["image_size"])
+        default = 100 if on_cpu else max(1, 1000 * 32**2 // side**2)
         batch_size = self.hparams["eval_batch_size"] or default
         return self._loader(data, batch_size, sampler)
 

@@ -147,7 +147,7 @@ class CLI(LightningCLI):
                 "Note: the checkpoint is not in its run's folder: options of trainer and of "
                 "checkpoints are the defaults, unless given"
             )
-        else:  # needs neither, and their options may be of an earlier version
+        else:  # without optimizer and scheduler, whose options may be of an earlier version
             stored["model"] = without_training(stored["model"])
         return [command, f"--config={json.dumps(stored, ensure_ascii=False)}", *args[1:]]
 
@@ -189,6 +189,8 @@ class CLI(LightningCLI):
                 "command line as well, where ckpt is looked for, or a path as ckpt"
             )
         options = config.clone(with_meta=False).as_dict()
+        if self.subcommand in ("fit", "validate"):
+            check_split(options["data"], self.checkpoint)
         if self.subcommand == "fit":
             check_resume(options, self.checkpoint)
             if completed_epochs(self.checkpoint) == config.trainer.max_epochs:
@@ -199,8 +201,6 @@ class CLI(LightningCLI):
                 print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
         elif self.checkpoint["class_names"]:  # of this project
             check_model_options(without_training(options["model"]), self.checkpoint)
-            if self.subcommand == "validate":
-                check_split(options["data"], self.checkpoint)
 
     def instantiate_classes(self) -> None:
         self.collector = PredictionCollector(self.config[self.subcommand].mirror)

@@ -204,7 +204,8 @@ def read_chosen(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it can't be read, or has an input scaling of its own.
+        ValueError: If it can't be read, or if the scaling is one that it has already, or is not
+            positive.
     """
     try:
         path = find_checkpoint(name or "best", LOGS)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +33,12 @@ def check_options(command: str, config: Any) -> None:
     if config.mirror and command not in ("test", "validate"):
         raise ValueError("mirror is an option of test and validate")
     if command == "validate" and config.data.val_size == 0:
-        raise ValueError("data.val_size is 0: there are no validation images")
+        raise ValueError("data.val_size is 0: there are no validation images; use test")
     if config.seed_everything is False:
         raise ValueError("seed_everything is false: give a number, or true to have one drawn")
     check_mode("best_checkpoint", config.best_checkpoint)
     scheduler = config.model.lr_scheduler
-    check_mode("model.lr_scheduler", scheduler and scheduler.get("init_args"))
+    check_mode("model.lr_scheduler", getattr(scheduler, "init_args", None))
     for limit in LIMITS[command]:
         if config.trainer[limit] == 0:
             raise ValueError(f"trainer.{limit} is 0: there is nothing to {command}")
@@ -120,13 +121,15 @@ def check_split(data: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """Refuses to validate on images that a checkpoint was trained on.
 
     Raises:
-        ValueError: If `val_size` was another one then.
+        ValueError: If another number of images would be split off the same data set.
     """
-    stored = checkpoint["datamodule_hyper_parameters"].get("val_size", data["val_size"])
-    if data["val_size"] != stored:
+    stored, now = checkpoint["datamodule_hyper_parameters"], data["val_size"]
+    if stored.get("dataset") != data["dataset"] or Path(data["dataset"], "val").is_dir():
+        return
+    if now and now != stored.get("val_size", now):
         raise ValueError(
-            f"data.val_size is {data['val_size']}, but the checkpoint was trained with {stored}: "
-            "images that trained would validate; leave it out, or use test"
+            f"data.val_size is {now}, but the checkpoint was trained with {stored['val_size']}: "
+            "images that trained would validate; leave it out"
         )
 
 

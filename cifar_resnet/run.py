@@ -87,7 +87,10 @@ class RunFolder(Callback):
         start = {"command": command, "seed": self.config["seed_everything"]}
         start |= describe_run(trainer)
         if starts and starts[-1]["data"]["checksum"] != start["data"]["checksum"]:
-            print_once("Note: the images have changed: some that trained before may validate now")
+            print_once(
+                "Note: the images are not those of the run's last start: where validation images "
+                "are split off, some that trained may validate now"
+            )
         atomic_write(file, to_json([*starts, start]))
         if logger := tensorboard_logger(trainer):
             lines = [command, "", "with all its options, as in config.yaml:", ""]
@@ -114,10 +117,11 @@ class RunFolder(Callback):
             del options[name]
         for name in ("optimizer", "lr_scheduler"):
             chosen = options[name]
-            options[name] = chosen and str(chosen["class_path"]).rsplit(".", 1)[-1]
-        group = trainer.optimizers[0].param_groups[0]
+            chosen = chosen["class_path"] if isinstance(chosen, dict) else chosen
+            options[name] = chosen and str(chosen).rsplit(".", 1)[-1]
+        optimizer, group = trainer.optimizers[0], trainer.optimizers[0].param_groups[0]
         return options | {
-            "lr": group.get("max_lr") or group.get("initial_lr", group["lr"]),
+            "lr": group.get("max_lr") or optimizer.defaults.get("lr", group["lr"]),
             "epochs": trainer.max_epochs,
             "precision": trainer.precision,
             "effective_batch_size": effective_batch_size(trainer),

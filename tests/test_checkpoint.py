@@ -21,7 +21,7 @@ from cifar_resnet.checkpoint import (
     load_weights,
     read_checkpoint,
 )
-from cifar_resnet.checks import check_resume
+from cifar_resnet.checks import check_resume, check_split
 from resnet_module import ResNetModule
 
 OLDER = Path(__file__).with_name("older.ckpt")
@@ -238,6 +238,16 @@ def test_changed_scheduler_is_refused(digits_run: DigitsRun) -> None:
         config = fit_config() | {"model": {"lr_scheduler": scheduler}}
         with pytest.raises(ValueError, match=r"model\.lr_scheduler is .*, but the checkpoint"):
             check_resume(config, checkpoint)
+
+
+def test_validation_images_may_differ_only_if_none_of_them_trained(tmp_path: Path) -> None:
+    stored = {"datamodule_hyper_parameters": {"dataset": str(tmp_path), "val_size": 200}}
+    for dataset, val_size in (("another", 9), (str(tmp_path), 200), (str(tmp_path), 0)):
+        check_split({"dataset": dataset, "val_size": val_size}, stored)
+    with pytest.raises(ValueError, match=r"data\.val_size is 9, but .* with 200: images that"):
+        check_split({"dataset": str(tmp_path), "val_size": 9}, stored)
+    (tmp_path / "val").mkdir()  # images of its own validate, whatever the number
+    check_split({"dataset": str(tmp_path), "val_size": 9}, stored)
 
 
 def test_two_checkpoints_may_save_as_often() -> None:

@@ -16,10 +16,13 @@ import yaml
 from conftest import SMALL_DIGITS, TINY, DigitsRun, Outcome, Run
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.cli import LightningCLI
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 
 import train
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.augment import evaluation_view
+from cifar_resnet.callbacks import read_scalars
 from cifar_resnet.checkpoint import read_checkpoint
 from resnet_module import ResNet, ResNetModule
 
@@ -123,6 +126,19 @@ def test_optimizer_that_is_gone_hinders_no_test(run: Run, best: Path) -> None:
     assert outcome.code == 0, outcome.err
 
 
+def halve_each_epoch(optimizer: Optimizer) -> LRScheduler:
+    return ExponentialLR(optimizer, gamma=0.5)
+
+
+def test_scheduler_may_be_a_function(run: Run) -> None:
+    schedule = f"--model.lr_scheduler={__name__}.halve_each_epoch"
+    outcome = run("fit", *SMALL_DIGITS, "--trainer.max_epochs=2", schedule)
+    assert outcome.code == 0, outcome.err
+    assert [rate for _, rate in read_scalars(Path("lightning_logs/version_0"))["lr"]] == [
+        pytest.approx(rate) for rate in (1e-3, 5e-4)
+    ]
+
+
 def test_options_survive_a_checkpoint(run: Run) -> None:
     """As YAML 1e-05 would come back as text; an emoji in ASCII is nothing that YAML reads."""
     options = ["--model.optimizer=SGD", "--model.optimizer.weight_decay=1e-05", "--data.root=🐶"]
@@ -185,7 +201,7 @@ def test_changed_images_are_reported(run: Run, digits_run: DigitsRun) -> None:
     Path("run/run.json").write_text(json.dumps(starts))
     for epochs, expected in ((4, True), (5, False)):
         outcome = run("fit", "--ckpt=run/checkpoints/last.ckpt", f"--trainer.max_epochs={epochs}")
-        assert ("Note: the images have changed" in outcome.out) == expected
+        assert ("Note: the images are not those" in outcome.out) == expected
 
 
 def test_without_validation_the_last_is_tested(run: Run) -> None:
@@ -266,6 +282,7 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("test --ckpt .", "ckpt is '.': that is a folder"),
         ("validate --ckpt older.ckpt --data.val_size 0", "val_size is 0"),
         ("validate --ckpt older.ckpt --data.val_size 9", "val_size is 9, but the checkpoint was"),
+        ("fit --ckpt older.ckpt --data.val_size 9", "data.val_size is 9, but the checkpoint was"),
         ("test --ckpt older.ckpt --trainer.limit_test_batches 0", "there is nothing to test"),
         ("validate --ckpt older.ckpt --trainer.limit_val_batches 0", "limit_val_batches is 0"),
         ("predict --ckpt older.ckpt --trainer.limit_predict_batches 0", "nothing to predict"),

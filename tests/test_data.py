@@ -363,7 +363,7 @@ def test_evaluation_batches_on_a_cpu(cifar10: Path) -> None:
     assert sizes(eval_batch_size=50) == [50, 50, 20]
 
 
-@pytest.mark.parametrize(("size", "expected"), [(32, 1000), (64, 250)])
+@pytest.mark.parametrize(("size", "expected"), [(16, 1000), (32, 1000), (64, 250)])
 def test_evaluation_batches_of_another_device_are_large(
     cifar10: Path, size: int, expected: int
 ) -> None:

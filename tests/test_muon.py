@@ -12,10 +12,10 @@ from cifar_resnet.muon import ConvMuon, orthogonalize
 
 
 def train(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    """Takes a step for each gradient, which all parameters share."""
+    """Takes a step for each gradient, of which each parameter gets the numbers in another order."""
     for gradient in gradients:
-        for parameter in parameters:
-            parameter.grad = gradient.view_as(parameter).clone()
+        for shift, parameter in enumerate(parameters):
+            parameter.grad = gradient.roll(shift).view_as(parameter).clone()
         optimizer.step()
 
 
