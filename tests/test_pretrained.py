@@ -36,6 +36,7 @@ def test_hub_network_is_the_papers() -> None:
     network = load_from_hub(pretrained=False)
     assert sum(p.numel() for p in network.parameters()) == 269_722  # 0.27 M in He et al. 2015
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert network.network.activation is load_from_hub(pretrained=True).network.activation
 
 
 def test_weights_alone_are_published() -> None:
