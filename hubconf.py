@@ -11,7 +11,7 @@ dependencies = ["torch", "lightning", "torchmetrics", "jsonargparse"]
 
 
 def resnet20(pretrained: bool = False) -> ResNetModule:
-    """A ResNet-20 with option A shortcuts (He et al. 2015, arXiv:1512.03385) and SiLU, for CIFAR-10.
+    """A ResNet-20 for CIFAR-10: option A of He et al. 2015 (arXiv:1512.03385), SiLU for ReLU.
 
     It maps float images (N, 3, 32, 32) in [0, 1] to logits (N, 10).
 
