@@ -92,6 +92,8 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat[f"{prefix}{name}"] = json.dumps(value.get("class_path"))
             flat |= flatten(value, f"{prefix}{name}.")
         else:
+            if callable(value):  # a function, which a checkpoint holds as its import path
+                value = f"{value.__module__}.{value.__qualname__}"
             flat[f"{prefix}{name}"] = json.dumps(value)
     return flat
 
@@ -124,7 +126,8 @@ def check_split(data: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
         ValueError: If another number of images would be split off the same data set.
     """
     stored, now = checkpoint["datamodule_hyper_parameters"], data["val_size"]
-    if stored.get("dataset") != data["dataset"] or Path(data["dataset"], "val").is_dir():
+    own = Path(data["dataset"]).expanduser() / "val"
+    if stored.get("dataset") != data["dataset"] or own.is_dir():
         return
     if now and now != stored.get("val_size", now):
         raise ValueError(

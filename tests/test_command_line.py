@@ -137,6 +137,8 @@ def test_scheduler_may_be_a_function(run: Run) -> None:
     assert [rate for _, rate in read_scalars(Path("lightning_logs/version_0"))["lr"]] == [
         pytest.approx(rate) for rate in (1e-3, 5e-4)
     ]
+    resumed = run("fit", "--ckpt=last", "--trainer.max_epochs=3")
+    assert resumed.code == 0, resumed.err
 
 
 def test_options_survive_a_checkpoint(run: Run) -> None:

@@ -32,7 +32,7 @@ def test_hub_network_gives_the_recorded_logits() -> None:
     assert network.class_names == CLASSES
 
 
-def test_hub_network_is_the_papers() -> None:
+def test_hub_network_has_the_papers_size() -> None:
     network = load_from_hub(pretrained=False)
     assert sum(p.numel() for p in network.parameters()) == 269_722  # 0.27 M in He et al. 2015
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
