@@ -276,7 +276,7 @@ class ImageFolderDataset:
                     f"but only one of them has {', '.join(different)}"
                 )
         for name in names:
-            if name != name.encode(errors="replace").decode():
+            if name != name.encode(errors="replace").decode():  # figures and TensorBoard fail at it
                 raise MisconfigurationException(
                     f"{self.folder}: the class name {name!a} is not UTF-8: rename the folder"
                 )
