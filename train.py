@@ -163,10 +163,6 @@ class CLI(LightningCLI):
             print_once(
                 f"Precision: {config.trainer.precision}, which the hardware computes natively"
             )
-        if config.model.compile and self.subcommand == "fit":
-            # After a first CUDA graph in inference mode, that of the sanity check, none can be
-            # captured in training: https://github.com/pytorch/pytorch/issues/135892
-            config.trainer.inference_mode = False
         if config.trainer.accelerator == "auto" and not GPU_FOUND:
             print_once("No GPU found: running on the CPU")
 

@@ -173,22 +173,6 @@ def test_slurm_gives_ranks_unless_torchrun_or_the_user_does(
     assert given == [[ours, "SLURMEnvironment"], ["LightningEnvironment", ours], [ours]]
 
 
-def test_compiled_network_validates_without_inference_mode(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
-
-    def stop(cli: Any, **kwargs: Any) -> None:
-        given.append(cli.config_init["fit"].trainer.inference_mode)
-        sys.exit()
-
-    monkeypatch.setattr(LightningCLI, "instantiate_trainer", stop)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    run("fit", *SMALL_DIGITS, "--model.compile=default")
-    run("fit", *SMALL_DIGITS)
-    assert given == [False, True]
-
-
 def test_changed_data_options_are_reported(run: Run, digits_run: DigitsRun) -> None:
     shutil.copytree(digits_run.folder, "run")
     options = ["--data.augmentation=pad", "--trainer.max_epochs=4"]

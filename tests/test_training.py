@@ -317,6 +317,22 @@ def test_fit_lays_out_kernels_as_the_images(cifar10: Path, tmp_path: Path) -> No
         assert value.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_validation_is_not_compiled(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module, trained = torch.nn.Module.compile, list[bool]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        trained.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **_: compile_module(self, backend=backend)
+    )
+    fit(ResNetModule(compile="default", **SMALL), small_data(cifar10), tmp_path, epochs=1)
+    assert set(trained) == {True}
+
+
 def test_only_fit_compiles(cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[tuple[str, bool]] = []
     monkeypatch.setattr(
