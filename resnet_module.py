@@ -253,7 +253,7 @@ class ResNetModule(LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
 
     def setup(self, stage: str) -> None:
-        """Takes class names and, for `fit`, input scaling and memory layout from the data."""
+        """Takes class names and, for `fit`, input scaling from the data."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if names := [str(name) for name in getattr(data, "class_names", [])]:  # not NumPy's
             if self.class_names not in ([], names):
@@ -264,8 +264,6 @@ class ResNetModule(LightningModule):
             self.class_names = names
         if stage != "fit":
             return
-        # The layout of the images: with another one each step would copy all kernels.
-        self.network.to(memory_format=torch.channels_last)
         if self.hparams["normalize"] and self.hparams["input_mean"] is None:
             if not hasattr(data, "channel_statistics"):
                 raise MisconfigurationException(

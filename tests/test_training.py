@@ -308,15 +308,6 @@ def test_compiled_network_computes_the_same() -> None:
         torch.testing.assert_close(value.grad, expected.grad)
 
 
-def test_fit_lays_out_kernels_as_the_images(cifar10: Path, tmp_path: Path) -> None:
-    module, data = ResNetModule(**SMALL), small_data(cifar10)
-    fit(module, data, tmp_path, epochs=1)
-    (images, *_) = next(iter(data.train_dataloader()))
-    kernels = [value for value in module.parameters() if value.ndim == 4]
-    for value in (images, *kernels):
-        assert value.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_validation_is_not_compiled(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
