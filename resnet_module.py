@@ -285,7 +285,12 @@ class ResNetModule(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps float images (N, 3, H, W) in [0, 1] to logits (N, num_classes)."""
-        return self.network(((images - self.mean) / self.std).to(self.mean.dtype))
+        images = ((images - self.mean) / self.std).to(self.mean.dtype)
+        if self.training or not self.compile_mode:
+            return self.network(images)
+        # Compiling the network for evaluation as well takes longer than it saves.
+        with torch.compiler.set_stance("force_eager"):
+            return self.network(images)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss (N,) of each image: cross-entropy, in training with smoothed labels."""
@@ -313,9 +318,7 @@ class ResNetModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, which callbacks collect."""
-        # Compiling the network for validation as well takes longer than it saves.
-        with torch.compiler.set_stance("force_eager"):
-            _, logits = self.shared_step(batch, self.val_metrics)
+        _, logits = self.shared_step(batch, self.val_metrics)
         return logits.float().softmax(dim=1)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -308,7 +308,7 @@ def test_compiled_network_computes_the_same() -> None:
         torch.testing.assert_close(value.grad, expected.grad)
 
 
-def test_validation_is_not_compiled(
+def test_evaluation_is_not_compiled(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_module, trained = torch.nn.Module.compile, list[bool]()
@@ -320,8 +320,16 @@ def test_validation_is_not_compiled(
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **_: compile_module(self, backend=backend)
     )
-    fit(ResNetModule(compile="default", **SMALL), small_data(cifar10), tmp_path, epochs=1)
+    module, data = ResNetModule(compile="default", **SMALL), small_data(cifar10)
+    fit(module, data, tmp_path, epochs=1).test(module, data, verbose=False)
     assert set(trained) == {True}
+
+
+def test_module_compiled_as_a_whole_validates(cifar10: Path, tmp_path: Path) -> None:
+    module = torch.compile(ResNetModule(**SMALL), backend="eager")
+    trainer = fit(module, small_data(cifar10), tmp_path, epochs=1)
+    (result,) = trainer.validate(module, small_data(cifar10), verbose=False)
+    assert "val/acc" in result
 
 
 def test_only_fit_compiles(cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
