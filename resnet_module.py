@@ -204,8 +204,8 @@ class ResNetModule(LightningModule):
         input_std: What each channel is then divided by.
         label_smoothing: Share of each training label that is spread over all classes (Szegedy et
             al. 2015, arXiv:1512.00567), 0 to 1. Validation and test never smooth.
-        compile: Mode in which `fit` compiles the network with torch.compile; by default it doesn't.
-            No part of a checkpoint.
+        compile: Mode in which `fit` compiles the network for training with torch.compile; by
+            default it doesn't. Evaluation is not compiled. No part of a checkpoint.
         **network: The options of `ResNet`.
     """
 

@@ -127,7 +127,7 @@ def check_split(data: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """
     stored, now = checkpoint["datamodule_hyper_parameters"], data["val_size"]
     own = Path(data["dataset"]).expanduser() / "val"
-    if Path(stored.get("dataset", "")) != Path(data["dataset"]) or own.is_dir():
+    if str(stored.get("dataset")).rstrip("/") != data["dataset"].rstrip("/") or own.is_dir():
         return
     if now and now != stored.get("val_size", now):
         raise ValueError(

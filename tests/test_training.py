@@ -311,6 +311,7 @@ def test_compiled_network_computes_the_same() -> None:
 def test_evaluation_is_not_compiled(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.compiler.reset()
     compile_module, trained = torch.nn.Module.compile, list[bool]()
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -326,6 +327,7 @@ def test_evaluation_is_not_compiled(
 
 
 def test_module_compiled_as_a_whole_validates(cifar10: Path, tmp_path: Path) -> None:
+    torch.compiler.reset()
     module = torch.compile(ResNetModule(**SMALL), backend="eager")
     trainer = fit(module, small_data(cifar10), tmp_path, epochs=1)
     (result,) = trainer.validate(module, small_data(cifar10), verbose=False)
