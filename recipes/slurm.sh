@@ -22,9 +22,8 @@ if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # each task of an array is a run of its own
 fi
 root=runs/$job # the job's own, so that `last` is its last checkpoint and no other job's
-resume=()
 if compgen -G "$root/lightning_logs/version_*/checkpoints/last.ckpt" > /dev/null; then
-    resume=(--ckpt last)
+    set -- --ckpt last # the run keeps its options; given again, `+=` would add a second callback
 fi
 
 # SLURM then ends the tasks and this script; checkpoints are written whole or not at all.
@@ -34,5 +33,5 @@ trap 'scontrol requeue "$job"; wait' USR1
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     python train.py fit --trainer.default_root_dir "$root" --trainer.strategy ddp \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
-    "${resume[@]}" "$@" &
+    "$@" &
 wait "$!"

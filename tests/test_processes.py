@@ -284,7 +284,10 @@ def test_slurm_job_is_requeued_and_resumes_its_run(launch: Launch, tmp_path: Pat
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "4217"}
     env |= {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
     env["MASTER_PORT"] = free_port()  # without it Lightning takes one that follows from the job
-    job = ["bash", str(PROJECT / "recipes/slurm.sh"), *ENDLESS[1:]]
+    # Options that add something would do so again, were they given when the job resumes.
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"]
+    stopping += ["--trainer.callbacks.patience=1000", "--periodic_checkpoint.every_n_epochs=1"]
+    job = ["bash", str(PROJECT / "recipes/slurm.sh"), *ENDLESS[1:], *stopping]
     last = tmp_path / "runs/4217" / LAST
     first = launch(*job, folder=tmp_path, **env)
     wait_for(last)
@@ -292,8 +295,10 @@ def test_slurm_job_is_requeued_and_resumes_its_run(launch: Launch, tmp_path: Pat
     assert first.wait(60) == 128 + signal.SIGUSR1
     assert (tmp_path / "calls").read_text() == "requeue 4217\n"
     epoch = load_whole_epochs(last)["epoch"]
-    again = launch(*job, f"--trainer.max_epochs={epoch + 2}", folder=tmp_path, **env)
-    assert again.wait(180) == 0
-    assert load_whole_epochs(last)["epoch"] == epoch + 1
+    again = launch(*job, folder=tmp_path, **env)
+    wait_for(last.with_name(f"epoch_{epoch + 2}.ckpt"))
+    again.send_signal(signal.SIGUSR1)
+    assert again.wait(60) == 128 + signal.SIGUSR1
+    assert load_whole_epochs(last)["epoch"] > epoch
     assert [run.name for run in last.parents[2].iterdir()] == ["version_0"]
     assert "Traceback" not in (tmp_path / "out.txt").read_text()
