@@ -19,7 +19,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -137,14 +137,10 @@ class ResumeHint(Callback):
             return
         if isinstance(exception, SIGTERMException):
             exception.code = 143  # as shells have it; Lightning would end with 0
-        # Not best_model_path alone: in a run that branches off it is at first the old run's file.
-        saved = [
-            Path(c.best_model_path)
-            for c in model_checkpoints(trainer)
-            if Path(c.best_model_path) == Path(str(c.dirpath), "last.ckpt")
-        ]
-        if saved:
-            command = shlex.join(["python", sys.argv[0], "fit", "--ckpt", relative(saved[0])])
+        saved = [Path(c.best_model_path) for c in model_checkpoints(trainer) if has_saved(c)]
+        last = [path for path in saved if path.name == "last.ckpt"]
+        if last:
+            command = shlex.join(["python", sys.argv[0], "fit", "--ckpt", relative(last[0])])
             print_once(f"Stopped in epoch {trainer.current_epoch + 1}. Resume with: {command}")
         else:
             print_once("Stopped before the first epoch was saved")
@@ -212,12 +208,12 @@ class EpochSummary(Callback):
             print_once(f"The run ended within epoch {trainer.current_epoch}, which is not saved")
         if trainer.should_stop:
             print_once(f"The run was ended by {stop_reason(trainer)}")
-        best = next((c for c in model_checkpoints(trainer) if c.best_model_path), None)
-        if best is not None:
-            path, score = relative(Path(best.best_model_path)), best.best_model_score
-            reached = "" if score is None else f" ({best.monitor} {score:.4f})"
-            print_once(f"Best checkpoint: {path}{reached}")
-            print_once(f"Test it: {shlex.join(['python', sys.argv[0], 'test', '--ckpt', path])}")
+        saved = [c for c in model_checkpoints(trainer) if has_saved(c)]
+        if saved:
+            best, score = relative(Path(saved[0].best_model_path)), saved[0].best_model_score
+            reached = "" if score is None else f" ({saved[0].monitor} {score:.4f})"
+            print_once(f"Best checkpoint: {best}{reached}")
+            print_once(f"Test it: {shlex.join(['python', sys.argv[0], 'test', '--ckpt', best])}")
 
     def print_epoch(self, trainer: Trainer, epochs_left: int) -> None:
         """Prints what the epoch that has just ended came to."""
@@ -235,10 +231,17 @@ class EpochSummary(Callback):
         self.validated = False
 
 
+def has_saved(callback: ModelCheckpoint) -> bool:
+    """Whether the best file is this run's: one that branches off begins with the old run's."""
+    return Path(callback.best_model_path).is_relative_to(str(callback.dirpath))
+
+
 def stop_reason(trainer: Trainer) -> str:
     """Which callback has ended a run before its last epoch, and why."""
     for callback in trainer.early_stopping_callbacks:
-        if callback.stopped_epoch == trainer.current_epoch - 1:
+        # stopped_epoch is 0, an epoch like any other, while it has not stopped the run.
+        stopped = callback.stopping_reason_message is not None
+        if stopped and callback.stopped_epoch == trainer.current_epoch - 1:
             return f"{type(callback).__name__}: {callback.stopping_reason_message}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:

@@ -15,7 +15,7 @@ import torch
 from conftest import DigitsRun, Run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
@@ -32,6 +32,7 @@ from cifar_resnet.callbacks import (
     TerminateOnNaN,
     Throughput,
     read_scalars,
+    stop_reason,
 )
 from cifar_resnet.checkpoint import EpochCheckpoint
 from resnet_module import ResNetModule
@@ -256,6 +257,14 @@ def test_run_that_ends_early_shows_why_and_no_time_left_at_its_end(
     assert re.fullmatch(rf"Epoch 1(/9)?  train/loss .* images/s{left}", first)
     assert re.fullmatch(r"Epoch 2(/9)?  train/loss .* images/s", second)
     assert f"The run ended within epoch 2, which is not saved\n{reason}Best" in outcome.out
+
+
+def test_early_stopping_is_no_reason_before_it_stops() -> None:
+    stopping = EarlyStopping("val/acc")  # its stopped_epoch is 0, as if it had been the first
+    trainer: Any = SimpleNamespace(
+        current_epoch=1, early_stopping_callbacks=[stopping], callbacks=[stopping]
+    )
+    assert stop_reason(trainer) == "a callback that has set trainer.should_stop"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cifar_resnet.callbacks import read_scalars
 from cifar_resnet.checkpoint import read_checkpoint
-from cifar_resnet.run import claim_folder
+from cifar_resnet.run import claim_folder, git_commit
 
 LOGS = Path("lightning_logs")
 RUN = LOGS / "version_0"
@@ -216,6 +217,8 @@ def test_run_branches_off_from_an_earlier_checkpoint(name: str, run: Run, small:
     assert read_checkpoint(LOGS / "version_1/checkpoints/last.ckpt")["epoch"] == 2
     assert [epoch for epoch, _ in read_scalars(LOGS / "version_1")["train/loss"]] == [3]
     assert EventAccumulator(str(LOGS / "version_1")).Reload().Tags()["graph"]
+    unvalidated = run("fit", *earlier, "--data.val_size=0")  # has no best of its own
+    assert f"Best checkpoint: {LOGS / 'version_2/checkpoints/last.ckpt'}\n" in unvalidated.out
 
 
 def test_finished_run_is_left_as_it_is(run: Run, small: list[str]) -> None:
@@ -288,3 +291,23 @@ def test_each_start_of_a_run_is_recorded(run: Run, small: list[str]) -> None:
     assert [start["effective_batch_size"] for start in (first, second)] == [128, 100]
     assert first["data"] == second["data"]
     assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+@pytest.mark.parametrize(
+    ("changed", "dirty"),
+    [("train.py", True), ("cifar_resnet/new.py", True), ("benchmarks/results/a.jsonl", False)],
+)
+def test_commit_is_dirty_if_code_differs(
+    changed: str, dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("train.py", "cifar_resnet/run.py", "benchmarks/results/a.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("committed")
+    monkeypatch.setattr("cifar_resnet.run.__file__", str(tmp_path / "cifar_resnet/run.py"))
+    author = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "All"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert (git_commit() or {})["dirty"] is False
+    (tmp_path / changed).write_text("changed")
+    assert (git_commit() or {})["dirty"] is dirty
