@@ -122,12 +122,18 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with one_line_errors(2, Exception):
             self.config = parser.parse_args(self.with_stored_options(sys.argv[1:]))
+            seed = self.config[self.config.subcommand].seed_everything
+            if isinstance(seed, bool):  # of which Lightning would make 0 for `true`
+                raise ValueError(f"seed_everything is {str(seed).lower()}: give a number")
 
     def with_stored_options(self, args: list[str]) -> list[str]:
         """Inserts the options of the checkpoint before the arguments, which override them."""
         command = args[0] if args else ""
         name, root = parse_checkpoint_name(args)
-        only_shown = any(arg in ("-h", "--help") or "--print_config" in arg for arg in args)
+        printed = any("--print_config" in arg for arg in args)
+        if printed and name:
+            raise ValueError("print_config omits a checkpoint's options: see its run's config.yaml")
+        only_shown = printed or "-h" in args or "--help" in args
         if command not in self.subcommands() or only_shown or (command == "fit" and name is None):
             return args
         if name in (None, "auto"):
@@ -154,7 +160,6 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Sets the defaults that depend on the hardware; refuses impossible options."""
         config = self.config[self.subcommand]
-        config.data.seed = int(config.seed_everything)  # for `true` Lightning drew one
         with one_line_errors(2, Exception):
             self.check(config)
         config.ckpt = None  # a saved configuration starts a new run

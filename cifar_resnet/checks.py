@@ -34,8 +34,6 @@ def check_options(command: str, config: Any) -> None:
         raise ValueError("mirror is an option of test and validate")
     if command == "validate" and config.data.val_size == 0:
         raise ValueError("data.val_size is 0: there are no validation images; use test")
-    if config.seed_everything is False:
-        raise ValueError("seed_everything is false: give a number, or true to have one drawn")
     check_mode("best_checkpoint", config.best_checkpoint)
     scheduler = config.model.lr_scheduler
     check_mode("model.lr_scheduler", getattr(scheduler, "init_args", None))

@@ -264,6 +264,8 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         (f"fit {STOPPING}", "EarlyStopping.monitor is val/acc, of which mode min takes the worst"),
         (f"fit {PLATEAU}", "model.lr_scheduler.monitor is val/acc, of which mode min takes"),
         ("fit --seed_everything false", "seed_everything is false: give a number"),
+        ("fit --seed_everything true", "seed_everything is true: give a number"),
+        ("fit --ckpt older.ckpt --print_config", "print_config omits a checkpoint's options"),
         ("test --ckpt nowhere.ckpt", "ckpt is 'nowhere.ckpt': there is no such file"),
         ("test --ckpt .", "ckpt is '.': that is a folder"),
         ("validate --ckpt older.ckpt --data.val_size 0", "val_size is 0"),
