@@ -159,9 +159,9 @@ class PeriodicCheckpoint(EpochCheckpoint):
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The callbacks that save checkpoints, those with a metric to monitor first."""
+    """The callbacks that save checkpoints, by a metric first, then of the last epoch."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return sorted(found, key=lambda callback: callback.monitor is None)
+    return sorted(found, key=lambda c: (c.monitor is None, c.filename != "last"))
 
 
 def find_checkpoint(name: str, logs: Path) -> Path:

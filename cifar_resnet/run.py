@@ -203,12 +203,12 @@ def git_commit() -> dict[str, Any] | None:
     """The project's commit, and whether files differ from it; None where git can't say."""
 
     def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
+        command = ["git", "-C", str(Path(__file__).parents[1]), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    code = [":/", ":(top,exclude)benchmarks/results"]  # accuracy.py adds a row there by each run
     try:
-        changed = git("status", "--porcelain", "--", *code)
+        # After each run accuracy.py adds a row to its results.
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None
