@@ -5,7 +5,8 @@
     python benchmarks/accuracy.py              # trains nothing: the table of all results
 
 Options behind `--` go to `fit`. Each run adds a line to benchmarks/results/accuracy.jsonl and is
-not repeated; an interrupted one resumes. The best checkpoint by validation accuracy is tested.
+not repeated; an interrupted one resumes. The best checkpoint by validation accuracy is tested, or
+the last of a run without validation.
 """
 
 import argparse

@@ -24,6 +24,9 @@ fi
 root=runs/$job # the job's own, so that `last` is its last checkpoint and no other job's
 if compgen -G "$root/lightning_logs/version_*/checkpoints/last.ckpt" > /dev/null; then
     set -- --ckpt last # the run keeps its options; given again, `+=` would add a second callback
+else
+    set -- --trainer.strategy ddp --trainer.num_nodes "$SLURM_NNODES" \
+        --trainer.devices "$SLURM_NTASKS_PER_NODE" "$@"
 fi
 
 # SLURM then ends the tasks and this script; checkpoints are written whole or not at all.
@@ -31,7 +34,5 @@ trap 'scontrol requeue "$job"; wait' USR1
 # In the background, as bash would run the trap only after a command in the foreground. Since
 # SLURM 22.05 srun does not take --cpus-per-task from the job.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    python train.py fit --trainer.default_root_dir "$root" --trainer.strategy ddp \
-    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
-    "$@" &
+    python train.py fit --trainer.default_root_dir "$root" "$@" &
 wait "$!"

@@ -284,10 +284,12 @@ def test_slurm_job_is_requeued_and_resumes_its_run(launch: Launch, tmp_path: Pat
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "4217"}
     env |= {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
     env["MASTER_PORT"] = free_port()  # without it Lightning takes one that follows from the job
-    # Options that add something would do so again, were they given when the job resumes.
+    # The second start must not add a callback again, nor take the script's strategy.
     stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"]
     stopping += ["--trainer.callbacks.patience=1000", "--periodic_checkpoint.every_n_epochs=1"]
-    job = ["bash", str(PROJECT / "recipes/slurm.sh"), *ENDLESS[1:], *stopping]
+    strategy = "ddp_find_unused_parameters_false"
+    options = [*ENDLESS[1:], *stopping, f"--trainer.strategy={strategy}"]
+    job = ["bash", str(PROJECT / "recipes/slurm.sh"), *options]
     last = tmp_path / "runs/4217" / LAST
     first = launch(*job, folder=tmp_path, **env)
     wait_for(last)
@@ -300,5 +302,6 @@ def test_slurm_job_is_requeued_and_resumes_its_run(launch: Launch, tmp_path: Pat
     again.send_signal(signal.SIGUSR1)
     assert again.wait(60) == 128 + signal.SIGUSR1
     assert load_whole_epochs(last)["epoch"] > epoch
+    assert f"strategy: {strategy}\n" in (last.parents[1] / "config.yaml").read_text()
     assert [run.name for run in last.parents[2].iterdir()] == ["version_0"]
     assert "Traceback" not in (tmp_path / "out.txt").read_text()
