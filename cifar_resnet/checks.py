@@ -34,6 +34,8 @@ def check_options(command: str, config: Any) -> None:
         raise ValueError("mirror is an option of test and validate")
     if command == "validate" and config.data.val_size == 0:
         raise ValueError("data.val_size is 0: there are no validation images; use test")
+    if config.trainer.check_val_every_n_epoch == 0:
+        raise ValueError("trainer.check_val_every_n_epoch is 0: give 1, or data.val_size 0")
     check_mode("best_checkpoint", config.best_checkpoint)
     scheduler = config.model.lr_scheduler
     check_mode("model.lr_scheduler", getattr(scheduler, "init_args", None))

@@ -266,6 +266,7 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("fit --seed_everything false", "seed_everything is false: give a number"),
         ("fit --seed_everything true", "seed_everything is true: give a number"),
         ("fit --ckpt older.ckpt --print_config", "print_config omits a checkpoint's options"),
+        ("fit --trainer.check_val_every_n_epoch 0", "check_val_every_n_epoch is 0: give 1"),
         ("test --ckpt nowhere.ckpt", "ckpt is 'nowhere.ckpt': there is no such file"),
         ("test --ckpt .", "ckpt is '.': that is a folder"),
         ("validate --ckpt older.ckpt --data.val_size 0", "val_size is 0"),
