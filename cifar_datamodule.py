@@ -24,15 +24,13 @@ from cifar_resnet.augment import (
     Augmentation,
     Augmenter,
     Cutout,
-    Evaluation,
     RandomCrop,
     RandomFlip,
-    evaluation_view,
     pad_or_resize,
-    resize,
 )
 from cifar_resnet.checkpoint import known_options
 from cifar_resnet.datasets import HasValidation, ImageSource, LabelledImages, find_dataset
+from cifar_resnet.images import Evaluation, evaluation_view, resize
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images

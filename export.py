@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import read_chosen
+from cifar_resnet.images import Evaluation, evaluation_view
 from cifar_resnet.messages import ScriptParser, output_path, relative
+from cifar_resnet.options import choose_checkpoint
 from resnet_module import ResNetModule
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
     options = parser.parse_args(args)
     try:
-        path, checkpoint = read_chosen(options.ckpt, options.input_mean, options.input_std)
+        path, checkpoint = choose_checkpoint(options.ckpt, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))

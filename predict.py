@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.augment import evaluation_view
-from cifar_resnet.checkpoint import atomic_write, read_chosen
-from cifar_resnet.datasets import image_files, read_square
+from cifar_resnet.files import atomic_write, to_csv, to_json
+from cifar_resnet.images import evaluation_view, image_files, read_square
 from cifar_resnet.messages import ScriptParser, output_path, relative
-from cifar_resnet.report import to_csv, to_json
+from cifar_resnet.options import choose_checkpoint
 from resnet_module import ResNetModule
 
 FORMATS = {".csv": to_csv, ".json": to_json}
@@ -40,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         files = image_files(options.images)
-        path, checkpoint = read_chosen(options.ckpt, options.input_mean, options.input_std)
+        path, checkpoint = choose_checkpoint(options.ckpt, options.input_mean, options.input_std)
         module = ResNetModule.from_checkpoint(checkpoint)
     except (OSError, ValueError) as error:
         parser.error(str(error))

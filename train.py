@@ -41,19 +41,26 @@ from cifar_resnet.callbacks import (
     Throughput,
 )
 from cifar_resnet.checkpoint import (
-    LOGS,
     AtomicCheckpointIO,
     BestCheckpoint,
     EpochCheckpoint,
     PeriodicCheckpoint,
-    atomic_write,
     completed_epochs,
-    find_checkpoint,
     known_options,
     load_weights,
     read_checkpoint,
 )
-from cifar_resnet.checks import (
+from cifar_resnet.datasets import LabelledImages
+from cifar_resnet.files import atomic_write, to_csv
+from cifar_resnet.messages import (
+    CommandParser,
+    UserError,
+    one_line_errors,
+    print_once,
+    relative,
+    silence_lightning,
+)
+from cifar_resnet.options import (
     changed_options,
     check_callbacks,
     check_model_options,
@@ -61,16 +68,8 @@ from cifar_resnet.checks import (
     check_resume,
     check_split,
 )
-from cifar_resnet.datasets import LabelledImages
-from cifar_resnet.messages import (
-    CommandParser,
-    one_line_errors,
-    print_once,
-    relative,
-    silence_lightning,
-)
-from cifar_resnet.report import PredictionCollector, prediction_rows, to_csv, write_report
-from cifar_resnet.run import RunFolder, describe_run
+from cifar_resnet.report import PredictionCollector, prediction_rows, write_report
+from cifar_resnet.runs import LOGS, RunFolder, describe_run, find_checkpoint
 from resnet_module import ResNet, ResNetModule
 
 ORDER = "A later option overrides an earlier one, and so does a --config: flags go behind it."
@@ -344,7 +343,13 @@ def main() -> None:
         # A log file shows each epoch at once, and any class name, whatever its encoding.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     silence_lightning()
-    run_errors = (MisconfigurationException, OSError, FloatingPointError, ModuleNotFoundError)
+    run_errors = (
+        UserError,
+        MisconfigurationException,
+        OSError,
+        FloatingPointError,
+        ModuleNotFoundError,
+    )
     with one_line_errors(1, *run_errors):
         CLI(
             ResNetModule,

@@ -44,7 +44,7 @@ def train_py(*arguments: str) -> None:
 
 def fit(recipe: Path, seed: int, options: list[str], folder: Path, place: list[str]) -> Path:
     """Trains a run, or resumes an interrupted one; returns the run's folder."""
-    from cifar_resnet.checkpoint import find_checkpoint  # slow to import
+    from cifar_resnet.runs import find_checkpoint  # slow to import
 
     logs = folder / "lightning_logs"
     if list(logs.glob("*/checkpoints/last.ckpt")):

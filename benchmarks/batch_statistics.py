@@ -17,8 +17,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.augment import Evaluation, evaluation_view
-from cifar_resnet.checkpoint import LOGS, find_checkpoint, read_checkpoint
+from cifar_resnet.checkpoint import read_checkpoint
+from cifar_resnet.images import Evaluation, evaluation_view
+from cifar_resnet.runs import LOGS, find_checkpoint
 from resnet_module import ResNetModule
 
 BATCH_SIZE = 100

@@ -41,7 +41,7 @@ from sides import (
 )
 from torch.optim import Adam
 
-from cifar_resnet.augment import evaluation_view
+from cifar_resnet.images import evaluation_view
 from resnet_module import ResNet, ResNetModule
 
 FOLDER = Path(__file__).absolute().parent

@@ -6,15 +6,16 @@ Each augmentation is one small class: `draw` draws what is random for every imag
 
 import zlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_resnet.images import resize, zoomed
+
 Draws = dict[str, Tensor]
-Evaluation = Literal["native", "zoom", "crop"]
 # Pixels on each side, and what they show: zeros as in He et al. 2015, the mirrored image as in
 # airbench (Jordan 2024, arXiv:2404.00498).
 PADDINGS = {"pad": (4, "constant"), "reflect": (2, "reflect")}
@@ -147,18 +148,6 @@ class Augmenter:
         return images
 
 
-def zoomed(size: int) -> int:
-    """The side of an image enlarged by a quarter: 40 for 32."""
-    return size * 5 // 4
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resizes uint8 images (N, 3, H, W) to `size` × `size`: bilinear, antialiased, as PIL does."""
-    if images.shape[2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
 def pad_or_resize(images: Tensor, augmentation: str) -> Tensor:
     """What training crops are taken from: images (N, 3, H, H) uint8, zoomed, padded or unchanged.
 
@@ -170,26 +159,3 @@ def pad_or_resize(images: Tensor, augmentation: str) -> Tensor:
         return resize(images, zoomed(images.shape[-1]))
     padding, mode = PADDINGS[augmentation]
     return F.pad(images, [padding] * 4, mode=mode)
-
-
-def evaluation_view(images: Tensor, evaluation: Evaluation) -> Tensor:
-    """What the network is shown in evaluation.
-
-    Args:
-        images: (N, 3, H, H) float in [0, 1].
-        evaluation: `native`: as they are; `zoom`: enlarged by a quarter; `crop`: the H × H pixels
-            at the centre of the enlarged image.
-
-    Returns:
-        (N, 3, H, H), or (N, 3, 5/4 H, 5/4 H) for `zoom`, float.
-    """
-    if evaluation == "native":
-        return images
-    size = images.shape[-1]
-    images = F.interpolate(images, zoomed(size), mode="bilinear")
-    if evaluation == "zoom":
-        return images
-    if evaluation != "crop":
-        raise ValueError(f"evaluation is {evaluation!r}: choose native, zoom or crop")
-    border = (zoomed(size) - size) // 2
-    return images[:, :, border : border + size, border : border + size]

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from cifar_resnet.checkpoint import atomic_write, model_checkpoints
+from cifar_resnet.checkpoint import model_checkpoints
 from cifar_resnet.figures import (
     confusion_figure,
     curves_figure,
@@ -34,9 +34,10 @@ from cifar_resnet.figures import (
     mistakes_figure,
     to_png,
 )
+from cifar_resnet.files import atomic_write
 from cifar_resnet.messages import print_once, relative
 from cifar_resnet.report import Predictions
-from cifar_resnet.run import effective_batch_size, tensorboard_logger
+from cifar_resnet.runs import effective_batch_size, tensorboard_logger
 
 SHOWN = 40  # images of the augmented batch
 # TensorBoard's custom scalars: what belongs together, in one chart.

@@ -4,10 +4,8 @@ A checkpoint is what `read_checkpoint` returns: the dictionary that Lightning sa
 same entries that is made of another project's weights.
 """
 
-import contextlib
 import inspect
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from cifar_resnet.convert import convert_state_dict
+from cifar_resnet.files import atomic_write
 
 # Trained weights that come with the project; docs/results.md describes them.
 PRETRAINED = Path(__file__).absolute().parents[1] / "weights" / "resnet20.ckpt"
-LOGS = Path("lightning_logs")  # where runs go, within the Trainer's default_root_dir
 # What a checkpoint of this project holds, and what it holds besides if training can resume from it.
 ENTRIES = {
     "state_dict": dict,
@@ -38,28 +36,6 @@ TRAINING_STATE = {
     "lr_schedulers": list,
     "callbacks": dict,
 }
-
-
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Writes a file whole or not at all: beside its target, to the disk, then renamed.
-
-    Raises:
-        OSError: If it can't be written; the file from before is then still there.
-    """
-    if isinstance(content, str):
-        content = content.encode(errors="surrogateescape")  # a file's name may not be UTF-8
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -162,71 +138,6 @@ def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     """The callbacks that save checkpoints, by a metric first, then of the last epoch."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return sorted(found, key=lambda c: (c.monitor is None, c.filename != "last"))
-
-
-def find_checkpoint(name: str, logs: Path) -> Path:
-    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has one.
-
-    The best of a run without validation is its last.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    if name not in ("best", "last"):
-        if not Path(name).is_file():
-            reason = "that is a folder" if Path(name).is_dir() else "there is no such file"
-            raise FileNotFoundError(f"ckpt is {name!r}: {reason}")
-        return Path(name)
-    found = [*logs.glob("*/checkpoints/last.ckpt")]
-    if name == "best":
-        found += logs.glob("*/checkpoints/best.ckpt")
-    if not found:
-        raise FileNotFoundError(
-            f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
-            "--ckpt PATH"
-        )
-    newest = max(
-        found, key=lambda path: (version_number(path.parents[1]), path.stat().st_mtime)
-    ).parent
-    return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
-
-
-def read_chosen(
-    name: str | None, mean: list[float] | None, std: list[float] | None
-) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's path and content: that of `name`, or the newest run's best, or `PRETRAINED`.
-
-    Args:
-        name: `best` or `last` of the newest run, or a path. None means `best` or, if there is no
-            run, `PRETRAINED`.
-        mean: Subtracted from each channel: the input scaling that other projects' files lack.
-        std: What each channel is then divided by.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it can't be read, or if the scaling is one that it has already, or is not
-            positive.
-    """
-    try:
-        path = find_checkpoint(name or "best", LOGS)
-    except FileNotFoundError:
-        if name:
-            raise
-        path = PRETRAINED
-    checkpoint = read_checkpoint(path)
-    if mean or std:
-        if std and min(std) <= 0:
-            raise ValueError(f"input_std is {std}: each must be more than 0")
-        if "mean" in checkpoint["state_dict"]:
-            raise ValueError(f"{path} has its own input scaling: leave input_mean and _std out")
-        checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
-    return path, checkpoint
-
-
-def version_number(run: Path) -> int:
-    """N for the folder version_N of a run, -1 for one of another name."""
-    number = run.name.removeprefix("version_")
-    return int(number) if number.isdecimal() else -1
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ To add a data set, write a class that fits the protocol `ImageSource` and add a 
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,14 +18,12 @@ import pooch
 import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity
 
-from cifar_resnet.augment import resize
+from cifar_resnet.images import is_image, read_square, resize
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte after which the next address is tried
 SPLIT_SEED = 0  # of the digits: fixed, so that every run is tested on the same images
@@ -329,65 +327,3 @@ def find_dataset(name: str, image_size: int) -> ImageSource:
             "or a folder with images in train/<class>/ and test/<class>/"
         )
     return ImageFolderDataset(folder, image_size)
-
-
-def is_image(path: Path) -> bool:
-    """Whether Pillow opens files with this extension, and no part of the path is hidden."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    return kind in Image.OPEN and not any(part.startswith(".") for part in path.parts)
-
-
-def image_files(names: Iterable[str]) -> list[Path]:
-    """The files with these names and the images in the folders with these names, each once.
-
-    Of a folder: at every level, sorted, without hidden files and folders.
-
-    Raises:
-        FileNotFoundError: If a name is neither of a file nor of a folder with images.
-    """
-    files: dict[Path, None] = {}
-    for path in map(Path, names):
-        below = (f for f in path.rglob("*") if f.is_file() and is_image(f.relative_to(path)))
-        found = [path] if path.is_file() else sorted(below)
-        if not found:
-            raise FileNotFoundError(f"there is no image at {str(path)!r}")
-        files |= dict.fromkeys(found)
-    return list(files)
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Reads an image as RGB.
-
-    Uses the first frame; applies EXIF rotation; puts transparency on white; scales 16-bit
-    greyscale to 8 bits.
-
-    Raises:
-        ValueError: If Pillow cannot read the file.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode == "F":
-                raise ValueError("its pixels are floats, whose range is not known")
-            if image.mode.startswith("I"):  # up to 65,535, which Pillow would clip at 255
-                levels = np.asarray(image) // 257
-                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # of any kind: each of Pillow's readers has its own
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not an image that Pillow can read ({reason})") from error
-
-
-def read_square(path: str | Path, size: int) -> Tensor:
-    """Reads an image as (3, size, size) uint8: resizes its shorter side, crops its centre.
-
-    Raises:
-        ValueError: If Pillow cannot read the file.
-    """
-    square = transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    )
-    return square(read_image(path))

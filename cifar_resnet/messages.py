@@ -15,6 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 
+class UserError(ValueError):
+    """What a user can mend: one line that names the value and the way out."""
+
+
 def fail(message: str, exit_code: int) -> NoReturn:
     """Ends the command with one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

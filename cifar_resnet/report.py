@@ -1,8 +1,5 @@
 """What `test` and `validate` write: collected predictions, their metrics, tables and files."""
 
-import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-from cifar_resnet.checkpoint import atomic_write
 from cifar_resnet.datasets import LabelledImages
 from cifar_resnet.figures import confusion_figure, mistakes_figure, to_png
+from cifar_resnet.files import atomic_write, to_csv, to_json
 
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 CONFUSED_PAIRS = 3
@@ -235,17 +232,3 @@ def prediction_rows(
         {"index": i, "true": names[true], "predicted": names[top], "probability": f"{share:.4f}"}
         for i, (true, top, share) in enumerate(columns)
     ]
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Formats rows with the same keys, at least one, as CSV with a header."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
-
-
-def to_json(content: Any) -> str:
-    """Formats content as JSON for people to read: indented, with all letters as they are."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

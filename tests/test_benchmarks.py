@@ -30,8 +30,8 @@ from torch.optim import Adam
 from torchvision.datasets import CIFAR10
 
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.augment import evaluation_view
 from cifar_resnet.datasets import DATASETS
+from cifar_resnet.images import evaluation_view
 from resnet_module import ResNetModule
 
 BENCHMARKS = Path(speed.__file__).parent

@@ -15,13 +15,13 @@ from lightning.pytorch import Trainer
 from cifar_resnet.checkpoint import (
     AtomicCheckpointIO,
     EpochCheckpoint,
-    atomic_write,
     completed_epochs,
-    find_checkpoint,
     load_weights,
     read_checkpoint,
 )
-from cifar_resnet.checks import check_resume, check_split
+from cifar_resnet.files import atomic_write
+from cifar_resnet.options import check_resume, check_split
+from cifar_resnet.runs import find_checkpoint
 from resnet_module import ResNetModule
 
 OLDER = Path(__file__).with_name("older.ckpt")

@@ -21,9 +21,9 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 
 import train
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.augment import evaluation_view
 from cifar_resnet.callbacks import read_scalars
 from cifar_resnet.checkpoint import read_checkpoint
+from cifar_resnet.images import evaluation_view
 from resnet_module import ResNet, ResNetModule
 
 PROJECT = Path(train.__file__).parent

@@ -20,8 +20,9 @@ from torchvision.transforms import functional as tv
 
 import cifar_datamodule
 from cifar_datamodule import SEED_DISTANCE, CIFARDataModule, mean_and_std
-from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip, evaluation_view
+from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip
 from cifar_resnet.datasets import DATASETS, Digits
+from cifar_resnet.images import evaluation_view
 
 COUNTS = {"train": 6, "val": 3, "test": 2}  # images of each class in `pets`
 

@@ -33,10 +33,8 @@ from cifar_resnet.datasets import (
     ImageSource,
     LabelledImages,
     find_dataset,
-    image_files,
-    read_image,
-    read_square,
 )
+from cifar_resnet.images import image_files, read_image, read_square
 
 ARCHIVE, FOLDER = CIFAR10.filename, CIFAR10.base_folder
 ORIENTATION = 0x0112  # the EXIF tag

@@ -8,9 +8,8 @@ from PIL import Image
 
 import predict
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.augment import evaluation_view
 from cifar_resnet.checkpoint import PRETRAINED, read_checkpoint
-from cifar_resnet.datasets import read_square
+from cifar_resnet.images import evaluation_view, read_square
 from resnet_module import ResNetModule
 
 PROJECT = Path(__file__).absolute().parents[1]

@@ -24,13 +24,13 @@ from cifar_resnet.figures import (
     mistakes_figure,
     to_png,
 )
+from cifar_resnet.files import to_csv
 from cifar_resnet.report import (
     PredictionCollector,
     Predictions,
     prediction_rows,
     print_report,
     summarize,
-    to_csv,
     write_report,
 )
 

@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from cifar_datamodule import SEED_DISTANCE, CIFARDataModule
-from cifar_resnet.augment import evaluation_view
 from cifar_resnet.callbacks import CycleLengthCheck
 from cifar_resnet.checkpoint import read_checkpoint
+from cifar_resnet.images import evaluation_view
 from resnet_module import ResNet, ResNetModule
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cifar_resnet.callbacks import read_scalars
 from cifar_resnet.checkpoint import read_checkpoint
-from cifar_resnet.run import claim_folder, git_commit
+from cifar_resnet.runs import claim_folder, git_commit
 
 LOGS = Path("lightning_logs")
 RUN = LOGS / "version_0"
@@ -135,7 +135,7 @@ class StopInEpoch2(Callback):
     [
         ("--trainer.max_steps=6", "--trainer.max_steps=-1", ""),
         (
-            "--trainer.callbacks=test_run.StopInEpoch2",
+            "--trainer.callbacks=test_runs.StopInEpoch2",
             "--trainer.callbacks=null",
             "The run was ended by a callback that has set trainer.should_stop\n",
         ),
@@ -303,10 +303,10 @@ def test_each_start_of_a_run_is_recorded(run: Run, small: list[str]) -> None:
 def test_commit_is_dirty_if_code_differs(
     changed: str, dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file in ("train.py", "cifar_resnet/run.py", "benchmarks/results/a.jsonl"):
+    for file in ("train.py", "cifar_resnet/runs.py", "benchmarks/results/a.jsonl"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("committed")
-    monkeypatch.setattr("cifar_resnet.run.__file__", str(tmp_path / "cifar_resnet/run.py"))
+    monkeypatch.setattr("cifar_resnet.runs.__file__", str(tmp_path / "cifar_resnet/runs.py"))
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)  # a hook's, which name another repository
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)

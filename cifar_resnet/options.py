@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
-from cifar_resnet.checkpoint import completed_epochs, is_resumable
+from cifar_resnet.checkpoint import PRETRAINED, completed_epochs, is_resumable, read_checkpoint
+from cifar_resnet.runs import LOGS, find_checkpoint
 
 # Options that, when 0, leave a command nothing to do.
 LIMITS = {
@@ -165,3 +166,35 @@ def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> No
             "behind it"
         )
     check_model_options(config["model"], checkpoint)
+
+
+def choose_checkpoint(
+    name: str | None, mean: list[float] | None, std: list[float] | None
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's path and content: that of `name`, or the newest run's best, or `PRETRAINED`.
+
+    Args:
+        name: `best` or `last` of the newest run, or a path. None means `best` or, if there is no
+            run, `PRETRAINED`.
+        mean: Subtracted from each channel: the input scaling that other projects' files lack.
+        std: What each channel is then divided by.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it can't be read, or if the scaling is one that it has already, or is not
+            positive.
+    """
+    try:
+        path = find_checkpoint(name or "best", LOGS)
+    except FileNotFoundError:
+        if name:
+            raise
+        path = PRETRAINED
+    checkpoint = read_checkpoint(path)
+    if mean or std:
+        if std and min(std) <= 0:
+            raise ValueError(f"input_std is {std}: each must be more than 0")
+        if "mean" in checkpoint["state_dict"]:
+            raise ValueError(f"{path} has its own input scaling: leave input_mean and _std out")
+        checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
+    return path, checkpoint

@@ -17,15 +17,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from cifar_resnet.checkpoint import (
-    LOGS,
-    EpochCheckpoint,
-    atomic_write,
-    model_checkpoints,
-    version_number,
-)
+from cifar_resnet.checkpoint import EpochCheckpoint, model_checkpoints
+from cifar_resnet.files import atomic_write, to_json
 from cifar_resnet.messages import print_once
-from cifar_resnet.report import to_json
+
+LOGS = Path("lightning_logs")  # where runs go, within the Trainer's default_root_dir
 
 
 class RunFolder(Callback):
@@ -152,6 +148,39 @@ def claim_folder(logs: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
+
+
+def find_checkpoint(name: str, logs: Path) -> Path:
+    """The checkpoint called `name`: a path, or `best` or `last` of the newest run that has one.
+
+    The best of a run without validation is its last.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if name not in ("best", "last"):
+        if not Path(name).is_file():
+            reason = "that is a folder" if Path(name).is_dir() else "there is no such file"
+            raise FileNotFoundError(f"ckpt is {name!r}: {reason}")
+        return Path(name)
+    found = [*logs.glob("*/checkpoints/last.ckpt")]
+    if name == "best":
+        found += logs.glob("*/checkpoints/best.ckpt")
+    if not found:
+        raise FileNotFoundError(
+            f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
+            "--ckpt PATH"
+        )
+    newest = max(
+        found, key=lambda path: (version_number(path.parents[1]), path.stat().st_mtime)
+    ).parent
+    return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
+
+
+def version_number(run: Path) -> int:
+    """N for the folder version_N of a run, -1 for one of another name."""
+    number = run.name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
 
 
 def without_unwritable(options: Any) -> Any:
