@@ -35,6 +35,7 @@ from cifar_resnet.callbacks import (
     CycleLengthCheck,
     EpochSummary,
     NetworkSummary,
+    PredictionCollector,
     ResumeHint,
     TensorBoardImages,
     TerminateOnNaN,
@@ -50,8 +51,7 @@ from cifar_resnet.checkpoint import (
     load_weights,
     read_checkpoint,
 )
-from cifar_resnet.datasets import LabelledImages
-from cifar_resnet.files import atomic_write, to_csv
+from cifar_resnet.figures import PredictedImages
 from cifar_resnet.messages import (
     CommandParser,
     UserError,
@@ -68,7 +68,7 @@ from cifar_resnet.options import (
     check_resume,
     check_split,
 )
-from cifar_resnet.report import PredictionCollector, prediction_rows, write_report
+from cifar_resnet.report import write_report
 from cifar_resnet.runs import LOGS, RunFolder, describe_run, find_checkpoint
 from resnet_module import ResNet, ResNetModule
 
@@ -116,7 +116,8 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         ours = {"ckpt_path", "weights_only", "verbose", "return_predictions"}
-        return {name: skipped | ours for name, skipped in LightningCLI.subcommands().items()}
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] | ours for name in ("fit", "validate", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with one_line_errors(2, Exception):
@@ -272,20 +273,13 @@ class CLI(LightningCLI):
             **describe_run(self.trainer),
         }
         probabilities, labels = self.collector.result
-        if self.collector.mirrored:
-            correct = self.collector.mirrored[0].argmax(dim=1) == labels
+        if self.collector.mirrored is not None:
+            correct = self.collector.mirrored.argmax(dim=1) == labels
             metadata["acc_mirrored"] = int(correct.sum()) / len(labels)
-        folder, data = self.path.parent, LabelledImages(images, labels, self.model.class_names)
-        files = write_report(folder, stage, data, probabilities, metadata)
+        predicted = PredictedImages(images, probabilities, labels, self.model.class_names)
+        folder = self.path.parent
+        files = write_report(folder, stage, predicted, metadata)
         print(f"Written to {relative(folder)}/: {', '.join(files)}")
-
-    def predict(self, model: ResNetModule, datamodule: CIFARDataModule) -> None:
-        self.trainer.predict(model, datamodule, return_predictions=False)
-        if self.trainer.is_global_zero and self.path is not None:
-            file = self.path.parent / "predictions.csv"
-            rows = prediction_rows(*self.collector.result, self.model.class_names)
-            atomic_write(file, to_csv(rows))
-            print(f"Predictions of the test images: {relative(file)}")
 
 
 def as_list(option: Any) -> list[Any]:
@@ -338,7 +332,7 @@ def native_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
 
 
 def main() -> None:
-    """Runs a command: fit, validate, test or predict."""
+    """Runs a command: fit, validate or test."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A log file shows each epoch at once, and any class name, whatever its encoding.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

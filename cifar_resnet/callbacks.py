@@ -1,4 +1,4 @@
-"""What happens beside training, each concept one callback: checks, summaries, pictures.
+"""What happens beside training, one callback each: checks, summaries, predictions, pictures.
 
 Callbacks get the module and the data from the Trainer; they import neither.
 """
@@ -24,20 +24,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from cifar_resnet.checkpoint import model_checkpoints
-from cifar_resnet.figures import (
-    confusion_figure,
-    curves_figure,
-    image_grid,
-    mistakes_figure,
-    to_png,
-)
+from cifar_resnet.figures import FIGURES, PredictedImages, curves_figure, image_grid, to_png
 from cifar_resnet.files import atomic_write
 from cifar_resnet.messages import print_once, relative
 from cifar_resnet.report import Predictions
-from cifar_resnet.runs import effective_batch_size, tensorboard_logger
+from cifar_resnet.runs import effective_batch_size, read_scalars, tensorboard_logger
 
 SHOWN = 40  # images of the augmented batch
 # TensorBoard's custom scalars: what belongs together, in one chart.
@@ -250,12 +243,58 @@ def stop_reason(trainer: Trainer) -> str:
     return "a callback that has set trainer.should_stop"
 
 
-class TensorBoardImages(Callback):
+class PredictionCollector(Callback):
+    """Collects the predictions of each validation and test, from all processes.
+
+    The steps of the module must return probabilities (N, C) float32.
+
+    Args:
+        mirror: Show the network the mirror image of each image, too.
+
+    Attributes:
+        result: Probabilities (N, C) float32 and labels (N,) int64 of the last loop, on the CPU.
+        mirrored: (N, C) float32, the mean probabilities of each image and its mirror image; None
+            without `mirror`.
+    """
+
+    mirrored: Tensor | None = None
+
+    def __init__(self, mirror: bool = False) -> None:
+        self.mirror = mirror
+        self.predictions = Predictions()
+        self.result = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        images, labels = batch
+        views = [outputs]
+        if self.mirror:
+            with trainer.precision_plugin.forward_context():
+                views.append(pl_module(images.flip(3)).float().softmax(dim=1))
+        self.predictions.update(torch.stack(views, dim=1), labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        probabilities, labels = self.predictions.compute()
+        self.predictions.reset()
+        self.result = probabilities[:, 0], labels
+        self.mirrored = probabilities.mean(dim=1) if self.mirror else None
+
+    on_test_batch_end, on_test_epoch_end = on_validation_batch_end, on_validation_epoch_end
+
+
+class TensorBoardImages(PredictionCollector):
     """Shows a run in TensorBoard: its data, its network, and what that gets right and wrong.
 
     At the start an augmented batch and the network's graph; after each validation the accuracy of
-    each class (`val_class/NAME`); every few epochs, and at the end, the validation's confusion
-    matrix and its most confident mistakes; at the end curves.png, in the run's folder.
+    each class (`val_class/NAME`); every few epochs, and at the end, the validation's pictures
+    (`FIGURES`); at the end curves.png, in the run's folder.
 
     Args:
         every_n_epochs: Epochs from one drawing to the next. 0 turns all of this off, the accuracies
@@ -263,10 +302,10 @@ class TensorBoardImages(Callback):
     """
 
     def __init__(self, every_n_epochs: NonNegativeInt = 10) -> None:
+        super().__init__()
         self.every_n_epochs = every_n_epochs
-        self.predictions = Predictions()
         self.batch_shown = False
-        self.drawn = True  # whether the latest validation is
+        self.undrawn: PredictedImages | None = None  # of the latest validation
 
     def writer(self, trainer: Trainer) -> SummaryWriter | None:
         """TensorBoard's, unless the run does without it or without pictures."""
@@ -300,60 +339,36 @@ class TensorBoardImages(Callback):
         figure = image_grid((images * 255).round().to(torch.uint8), captions, title)
         writer.add_figure("augmented batch", figure, trainer.current_epoch)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.predictions.reset()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
-    ) -> None:
-        if self.writer(trainer):
-            self.predictions.update(outputs, batch[1])
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
         writer = self.writer(trainer)
         if not writer or trainer.sanity_checking:
             return
-        names = pl_module.class_names
-        self.probabilities, self.labels = self.predictions.compute()
-        self.counts = multiclass_confusion_matrix(self.probabilities, self.labels, len(names))
-        rows = zip(names, self.counts.diag(), self.counts.sum(dim=1), strict=True)
-        accuracies = {f"val_class/{name}": float(right / n) for name, right, n in rows if n}
-        pl_module.log_dict(accuracies)  # of the images of all processes
-        self.drawn, self.epoch = False, trainer.current_epoch + 1
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        predicted = PredictedImages(data.val_set.images, *self.result, pl_module.class_names)
+        counts = predicted.counts
+        rows = zip(predicted.class_names, counts.diag(), counts.sum(dim=1), strict=True)
+        pl_module.log_dict({f"val_class/{name}": float(right / n) for name, right, n in rows if n})
+        self.undrawn, self.epoch = predicted, trainer.current_epoch + 1
         if self.epoch % self.every_n_epochs == 0:
-            self.draw(writer, trainer, pl_module)
+            self.draw(writer, predicted)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writer = self.writer(trainer)
         if not writer or not trainer.is_global_zero:
             return
-        if not self.drawn:
-            self.draw(writer, trainer, pl_module)
+        if self.undrawn:
+            self.draw(writer, self.undrawn)
         writer.flush()
         folder = Path(writer.log_dir)
         atomic_write(folder / "curves.png", to_png(curves_figure(read_scalars(folder))))
 
     @rank_zero_only
-    def draw(self, writer: SummaryWriter, trainer: Trainer, pl_module: Any) -> None:
-        """Draws the latest validation's pictures."""
-        self.drawn, names, counts = True, pl_module.class_names, self.counts
-        accuracy = counts.diag().sum() / counts.sum()
+    def draw(self, writer: SummaryWriter, predicted: PredictedImages) -> None:
+        """Draws all pictures of a validation."""
+        accuracy = predicted.counts.diag().sum() / predicted.counts.sum()
         title = f"Validation after epoch {self.epoch}: accuracy {accuracy:.2%}"
-        writer.add_figure(
-            "val/confusion matrix", confusion_figure(counts, names, title), self.epoch
-        )
-        images = trainer.datamodule.val_set.images  # type: ignore[attr-defined]
-        title = f"{title}, most confident mistakes"
-        figure = mistakes_figure(images, self.probabilities, self.labels, names, title)
-        writer.add_figure("val/mistakes", figure, self.epoch)
-
-
-def read_scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """A run's scalars, as (epoch, value), from TensorBoard's files in its folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0}).Reload()
-    return {
-        name: [(point.step, point.value) for point in events.Scalars(name)]
-        for name in events.Tags()["scalars"]
-    }
+        for name, figure in FIGURES.items():
+            tag = f"val/{name.replace('_', ' ')}"
+            writer.add_figure(tag, figure(predicted, title), self.epoch)
+        self.undrawn = None

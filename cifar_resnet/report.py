@@ -1,4 +1,4 @@
-"""What `test` and `validate` write: collected predictions, their metrics, tables and files."""
+"""What `test` and `validate` say of predictions: metrics, a table, pictures, files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,20 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
 from torchmetrics.utilities import dim_zero_cat
 
-from cifar_resnet.datasets import LabelledImages
-from cifar_resnet.figures import confusion_figure, mistakes_figure, to_png
+from cifar_resnet.figures import FIGURES, PredictedImages, to_png
 from cifar_resnet.files import atomic_write, to_csv, to_json
+from cifar_resnet.messages import UserError
 
-CALIBRATION_BINS = 15  # as in Guo et al. 2017
 CONFUSED_PAIRS = 3
 
 
@@ -40,7 +34,7 @@ class Predictions(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Adds the next images of this process: probabilities (N, C) and labels (N,) int64."""
+        """Adds the next images of this process: probabilities (N, ...) and labels (N,) int64."""
         rank, processes = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -51,93 +45,45 @@ class Predictions(Metric):
         self.positions.append(indices * processes + rank)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns probabilities (N, C) float32 and labels (N,) int64, on the CPU."""
+        """Returns probabilities (N, ...) and labels (N,) int64 of all images, on the CPU."""
         order = dim_zero_cat(self.positions).argsort()
         probabilities, labels = dim_zero_cat(self.probabilities), dim_zero_cat(self.labels)
         return probabilities[order].cpu(), labels[order].cpu()
 
 
-class PredictionCollector(Callback):
-    """Collects the predictions of `validate`, `test` and `predict`.
-
-    The steps of the module must return probabilities (N, C) float32.
-
-    Args:
-        mirror: Show the network the mirror image of each image, too.
-
-    Attributes:
-        result: Probabilities (N, C) float32 and labels (N,) int64 of the last loop, on the CPU.
-        mirrored: The same, but each image's probabilities are the mean of its own and of those of
-            its mirror image; None without `mirror`.
-    """
-
-    result: tuple[Tensor, Tensor]
-    mirrored: tuple[Tensor, Tensor] | None = None
-
-    def __init__(self, mirror: bool = False) -> None:
-        self.predictions = Predictions()
-        self.means = Predictions() if mirror else None
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        images, labels = batch
-        self.predictions.update(outputs, labels)
-        if self.means:
-            with trainer.precision_plugin.forward_context():
-                mirrored = pl_module(images.flip(3))
-            self.means.update((outputs + mirrored.float().softmax(dim=1)) / 2, labels)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.result = self.predictions.compute()
-        self.predictions.reset()
-        if self.means:
-            self.mirrored = self.means.compute()
-            self.means.reset()
-
-    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
-
-
-def summarize(probabilities: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+def summarize(predicted: PredictedImages) -> dict[str, Any]:
     """Computes the metrics of the report, ready for JSON.
-
-    Args:
-        probabilities: (N, C) float32.
-        labels: (N,) int64.
-        names: Of the C classes.
 
     Returns:
         `images` (N), `acc` (accuracy) and `acc_interval_95` (Wilson 1927), `loss` (cross-entropy),
-        `ece` (expected calibration error, Guo et al. 2017), `classes` (precision, recall, F1 and
-        number of images of each class) and `confused` (the most confused pairs of classes).
+        `ece` (expected calibration error), `classes` (precision, recall, F1 and number of images of
+        each class) and `confused` (the most confused pairs of classes).
+
+    Raises:
+        UserError: If there is no image.
     """
     from scipy.stats import binomtest
     from sklearn.metrics import classification_report
 
-    predicted, classes = probabilities.argmax(dim=1), range(len(names))
-    correct = int((predicted == labels).sum())
+    probabilities, labels, names = predicted.probabilities, predicted.labels, predicted.class_names
+    if not len(labels):
+        raise UserError(
+            "no image was tested: give --trainer.limit_test_batches, or limit_val_batches and "
+            "--data.val_size, a number above 0"
+        )
+    correct, classes = int(predicted.counts.diag().sum()), range(len(names))
     interval = binomtest(correct, len(labels)).proportion_ci(0.95, method="wilson")
-    ece = multiclass_calibration_error(probabilities, labels, len(names), CALIBRATION_BINS)
-    counts = multiclass_confusion_matrix(probabilities, labels, len(names))
     rows = classification_report(
-        labels, predicted, labels=classes, output_dict=True, zero_division=0
+        labels, probabilities.argmax(dim=1), labels=classes, output_dict=True, zero_division=0
     )
     return {
         "images": len(labels),
         "acc": correct / len(labels),
         "acc_interval_95": [float(interval.low), float(interval.high)],
         "loss": float(F.nll_loss(probabilities.clamp(min=1e-12).log(), labels)),
-        "ece": float(ece),
+        "ece": predicted.calibration_error,
         "classes": {names[index]: rows[str(index)] for index in classes},
-        "confused": most_confused(counts, names),
+        "confused": most_confused(predicted.counts, names),
     }
 
 
@@ -184,51 +130,41 @@ def print_report(stage: str, summary: Mapping[str, Any]) -> None:
 
 
 def write_report(
-    folder: Path,
-    stage: str,
-    data: LabelledImages,
-    probabilities: Tensor,
-    metadata: Mapping[str, Any],
+    folder: Path, stage: str, predicted: PredictedImages, metadata: Mapping[str, Any]
 ) -> list[str]:
     """Prints the report and writes its files, which replace those of an earlier report.
 
     Args:
         folder: Where the files go.
         stage: `test` or `val`; the names of the files depend on it.
-        data: The N images that were predicted, with their labels and the names of the C classes.
-        probabilities: (N, C) float32.
+        predicted: The images of that stage.
         metadata: More entries of test.json, such as the checkpoint; `acc_mirrored` is printed.
 
     Returns:
         The names of the files.
+
+    Raises:
+        UserError: If there is no image.
     """
-    images, labels, names = data
-    summary = {**metadata, **summarize(probabilities, labels, names)}
+    summary = {**metadata, **summarize(predicted)}
     print_report(stage, summary)
-    title = f"{stage}/acc {summary['acc']:.4f} on {len(labels):,} images"
-    counts = multiclass_confusion_matrix(probabilities, labels, len(names))
-    mistakes = f"{title}: the most confident mistakes"
+    title = f"{stage}/acc {summary['acc']:.4f} on {summary['images']:,} images"
     prefix, report = ("", "test.json") if stage == "test" else ("validate_", "validate.json")
-    files: dict[str, bytes | str] = {
-        f"{prefix}predictions.csv": to_csv(prediction_rows(probabilities, labels, names)),
-        f"{prefix}confusion_matrix.png": to_png(confusion_figure(counts, names, title)),
-        f"{prefix}mistakes.png": to_png(
-            mistakes_figure(images, probabilities, labels, names, mistakes)
-        ),
-        report: to_json(summary),  # the last: where it is, the others are
-    }
+    files: dict[str, bytes | str] = {f"{prefix}predictions.csv": to_csv(prediction_rows(predicted))}
+    for name, draw in FIGURES.items():
+        files[f"{prefix}{name}.png"] = to_png(draw(predicted, title))
+    files[report] = to_json(summary)  # the last: where it is, the others are
     for name, content in files.items():
         atomic_write(folder / name, content)
     return list(files)
 
 
-def prediction_rows(
-    probabilities: Tensor, labels: Tensor, names: Sequence[str]
-) -> list[dict[str, Any]]:
+def prediction_rows(predicted: PredictedImages) -> list[dict[str, Any]]:
     """Returns index, true class, predicted class and its probability for each image."""
-    confidence, predicted = probabilities.max(dim=1)
-    columns = zip(labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+    names = predicted.class_names
+    confidence, top = predicted.probabilities.max(dim=1)
+    columns = zip(predicted.labels.tolist(), top.tolist(), confidence.tolist(), strict=True)
     return [
-        {"index": i, "true": names[true], "predicted": names[top], "probability": f"{share:.4f}"}
-        for i, (true, top, share) in enumerate(columns)
+        {"index": i, "true": names[true], "predicted": names[best], "probability": f"{share:.4f}"}
+        for i, (true, best, share) in enumerate(columns)
     ]

@@ -199,6 +199,17 @@ def tensorboard_logger(trainer: Trainer) -> TensorBoardLogger | None:
     return next((each for each in trainer.loggers if isinstance(each, TensorBoardLogger)), None)
 
 
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """A run's scalars, as (epoch, value), from TensorBoard's files in its folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        name: [(point.step, point.value) for point in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
 def effective_batch_size(trainer: Trainer) -> int:
     """Training images that an optimizer step takes, all processes together."""
     batch_size: int = trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]

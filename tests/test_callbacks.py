@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -31,10 +32,11 @@ from cifar_resnet.callbacks import (
     TensorBoardImages,
     TerminateOnNaN,
     Throughput,
-    read_scalars,
     stop_reason,
 )
 from cifar_resnet.checkpoint import EpochCheckpoint
+from cifar_resnet.figures import FIGURES
+from cifar_resnet.runs import read_scalars
 from resnet_module import ResNetModule
 
 RUN = Path("lightning_logs/version_0")
@@ -296,10 +298,12 @@ def test_time_left_follows_from_the_epochs_since_the_resume(
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What each figure is made of, instead of the figure."""
-    drawn: dict[str, list[Any]] = {"image_grid": [], "confusion_figure": [], "mistakes_figure": []}
-    for name, calls in drawn.items():
-        monkeypatch.setattr(callbacks, name, lambda *args, c=calls: c.append(args) or Figure())
+    """What each picture is made of, instead of the picture, and one that is added to the table."""
+    drawn: dict[str, list[Any]] = {name: [] for name in ("image_grid", *FIGURES, "my_picture")}
+    draw = {n: lambda *args, c=c: c.append(args) or Figure() for n, c in drawn.items()}
+    monkeypatch.setattr(callbacks, "image_grid", draw.pop("image_grid"))
+    for name, function in draw.items():
+        monkeypatch.setitem(FIGURES, name, function)
     return drawn
 
 
@@ -311,14 +315,15 @@ def test_pictures_come_every_few_epochs_and_at_the_end(
     trainer: Any = fit(cifar10, *used, logger=TensorBoardLogger(cifar10, "", ""), max_epochs=5)
     data, accuracies = trainer.datamodule, dict(read_scalars(cifar10)["val/acc"])
     titles = [f"Validation after epoch {n}: accuracy {accuracies[n]:.2%}" for n in (2, 4, 5)]
-    assert [title for _, _, title in drawn["confusion_figure"]] == titles
-    for epoch, (counts, _, _) in zip((2, 4, 5), drawn["confusion_figure"], strict=True):
-        assert float(counts.diag().sum()) / 50 == pytest.approx(accuracies[epoch])
-        assert counts.sum(dim=1).tolist() == [5] * 10  # and none of the sanity check's
-    for images, probabilities, labels, *_ in drawn["mistakes_figure"]:
-        assert torch.equal(images, data.val_set.images)
-        assert torch.equal(labels, data.val_set.labels)
-        assert len(probabilities) == 50
+    assert [title for _, title in drawn["my_picture"]] == titles
+    assert all(calls == drawn["my_picture"] for name, calls in drawn.items() if name in FIGURES)
+    for epoch, (predicted, _) in zip((2, 4, 5), drawn["my_picture"], strict=True):
+        correct = predicted.probabilities.argmax(dim=1) == data.val_set.labels
+        assert float(correct.sum()) / 50 == pytest.approx(accuracies[epoch])
+        assert torch.equal(predicted.labels, data.val_set.labels)  # none of the sanity check's
+        assert torch.equal(predicted.images, data.val_set.images)
+    events = EventAccumulator(str(cifar10)).Reload()
+    assert [image.step for image in events.Images("val/my picture")] == [2, 4, 5]
     ((images, captions, _),) = drawn["image_grid"]  # the first batch, as training sees it
     assert torch.equal(images, (batches[0][:40] * 255).round().byte())
     assert len(captions) == 40
@@ -328,9 +333,9 @@ def test_pictures_of_two_overfitted_batches(cifar10: Path, drawn: dict[str, list
     logger = TensorBoardLogger(cifar10, "", "")
     trainer: Any = fit(cifar10, TensorBoardImages(1), logger=logger, overfit_batches=2)
     assert trainer.global_step == 4
-    first, second = (labels for _, _, labels, *_ in drawn["mistakes_figure"])
-    assert torch.equal(first, trainer.datamodule.val_set.labels[:40])
-    assert torch.equal(second, first)
+    for predicted, _ in drawn["my_picture"]:
+        assert torch.equal(predicted.labels, trainer.datamodule.val_set.labels[:40])
+    assert len(drawn["my_picture"]) == 2
 
 
 def test_without_tensorboard_nothing_is_drawn(cifar10: Path, drawn: dict[str, list[Any]]) -> None:

@@ -21,9 +21,10 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 
 import train
 from cifar_datamodule import CIFARDataModule
-from cifar_resnet.callbacks import read_scalars
 from cifar_resnet.checkpoint import read_checkpoint
+from cifar_resnet.figures import FIGURES
 from cifar_resnet.images import evaluation_view
+from cifar_resnet.runs import read_scalars
 from resnet_module import ResNet, ResNetModule
 
 PROJECT = Path(train.__file__).parent
@@ -70,7 +71,7 @@ def test_reports_lie_beside_the_checkpoint(run: Run, best: Path) -> None:
     assert run("test", "--ckpt", str(best), "--mirror").code == 0
     assert run("validate", "--ckpt", str(best)).code == 0
     names = {path.name for path in best.parent.iterdir()} - {"best.ckpt"}
-    files = ("predictions.csv", "confusion_matrix.png", "mistakes.png")
+    files = ("predictions.csv", *(f"{name}.png" for name in FIGURES))
     assert names == {"test.json", "validate.json", *files, *(f"validate_{name}" for name in files)}
     test, validation = (
         json.loads(best.with_name(f"{n}.json").read_text()) for n in ("test", "validate")
@@ -95,12 +96,10 @@ def test_mirrored_accuracy_is_that_of_the_mean_of_both_probabilities(run: Run, b
 
 
 def test_predictions_of_the_test_images(run: Run, best: Path) -> None:
-    outcome = run("predict", "--ckpt", str(best))
-    assert outcome.code == 0, outcome.err
+    assert run("test", "--ckpt", str(best)).code == 0
     with best.with_name("predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 360
-    assert run("test", "--ckpt", str(best)).code == 0
     accuracy = sum(row["true"] == row["predicted"] for row in rows) / 360
     assert json.loads(best.with_name("test.json").read_text())["acc"] == pytest.approx(accuracy)
 

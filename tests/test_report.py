@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,23 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
-from cifar_resnet.datasets import LabelledImages
+from cifar_resnet.callbacks import PredictionCollector
 from cifar_resnet.figures import (
-    confusion_figure,
+    FIGURES,
+    PredictedImages,
     curves_figure,
     image_grid,
-    mistakes_figure,
     to_png,
 )
 from cifar_resnet.files import to_csv
+from cifar_resnet.messages import UserError
 from cifar_resnet.report import (
-    PredictionCollector,
     Predictions,
     prediction_rows,
     print_report,
@@ -37,28 +40,34 @@ from cifar_resnet.report import (
 NAMES = ["$ant$", "b_e^2", 'cow, "C"', "[döner]"]
 
 
-def random_predictions(count: int = 500, classes: int = 4) -> tuple[Tensor, Tensor]:
+def random_images(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+
+
+def random_predictions(count: int = 500, names: Sequence[str] = NAMES) -> PredictedImages:
     """Better than chance, unevenly spread over the classes."""
-    rng = np.random.default_rng(0)
+    rng, classes = np.random.default_rng(0), len(names)
     shares = np.arange(1, classes + 1)
     labels = torch.from_numpy(rng.choice(classes, count, p=shares / shares.sum()))
     logits = torch.from_numpy(rng.normal(size=(count, classes))).float()
     logits[torch.arange(count), labels] += 1
-    return logits.softmax(dim=1), labels
+    return PredictedImages(random_images(count), logits.softmax(dim=1), labels, names)
 
 
-def random_images(count: int) -> Tensor:
-    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+def certain(predicted: list[int], labels: list[int], names: Sequence[str]) -> PredictedImages:
+    """Predictions with a probability of 1."""
+    probabilities = one_hot(torch.tensor(predicted), len(names)).float()
+    return PredictedImages(random_images(len(labels)), probabilities, torch.tensor(labels), names)
 
 
 # Metrics
 
 
 def test_accuracy_and_its_interval_match_wilsons_formula() -> None:
-    probabilities, labels = random_predictions()
-    summary = summarize(probabilities, labels, NAMES)
-    n, z = len(labels), 1.959964
-    p = int((probabilities.argmax(dim=1) == labels).sum()) / n
+    given = random_predictions()
+    summary = summarize(given)
+    n, z = len(given.labels), 1.959964
+    p = int((given.probabilities.argmax(dim=1) == given.labels).sum()) / n
     assert summary["images"] == n
     assert summary["acc"] == p
     # Wilson 1927: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
@@ -68,8 +77,8 @@ def test_accuracy_and_its_interval_match_wilsons_formula() -> None:
 
 
 def test_loss_and_calibration_error_match_a_plain_computation() -> None:
-    probabilities, labels = random_predictions()
-    summary = summarize(probabilities, labels, NAMES)
+    given = random_predictions()
+    summary, probabilities, labels = summarize(given), given.probabilities, given.labels
     of_true_class = [float(row[label]) for row, label in zip(probabilities, labels, strict=True)]
     assert summary["loss"] == pytest.approx(-np.log(of_true_class).mean(), rel=1e-5)
 
@@ -83,18 +92,19 @@ def test_loss_and_calibration_error_match_a_plain_computation() -> None:
 
 
 def test_class_scores_match_sklearn() -> None:
-    probabilities, labels = random_predictions()
-    rows = summarize(probabilities, labels, NAMES)["classes"]
+    given = random_predictions()
+    rows = summarize(given)["classes"]
     assert list(rows) == NAMES
-    expected = precision_recall_fscore_support(labels, probabilities.argmax(dim=1))
+    expected = precision_recall_fscore_support(given.labels, given.probabilities.argmax(dim=1))
     for score, values in zip(("precision", "recall", "f1-score", "support"), expected, strict=True):
         assert [row[score] for row in rows.values()] == pytest.approx(values.tolist())
 
 
 def test_most_confused_pairs_count_both_directions() -> None:
-    probabilities, labels = random_predictions()
-    confused = summarize(probabilities, labels, NAMES)["confused"]
-    counts = confusion_matrix(labels, probabilities.argmax(dim=1))
+    given = random_predictions()
+    confused = summarize(given)["confused"]
+    counts = confusion_matrix(given.labels, given.probabilities.argmax(dim=1))
+    assert given.counts.tolist() == counts.tolist()
     pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
     pairs.sort(key=lambda pair: counts[pair] + counts[pair[::-1]], reverse=True)
     totals = [counts[pair] + counts[pair[::-1]] for pair in pairs]
@@ -109,23 +119,16 @@ def test_most_confused_pairs_count_both_directions() -> None:
     ]
 
 
-def test_class_without_images_scores_zero() -> None:
-    labels = torch.tensor([0, 1, 1])
-    summary = summarize(torch.eye(3)[labels], labels, ["a", "b", "c"])
+def test_class_without_images_scores_zero_and_may_have_the_name_of_a_row_of_sklearn() -> None:
+    summary = summarize(certain([0, 1, 1], [0, 1, 1], ["accuracy", "macro avg", "c"]))
+    assert [row["support"] for row in summary["classes"].values()] == [1, 2, 0]
     assert summary["classes"]["c"] == {"precision": 0, "recall": 0, "f1-score": 0, "support": 0}
     assert summary["acc_interval_95"][1] == 1
     assert summary["confused"] == []
 
 
-def test_class_may_have_the_name_of_a_row_of_sklearn() -> None:
-    labels = torch.tensor([0, 1, 1])
-    names = ["accuracy", "macro avg"]
-    rows = summarize(torch.eye(2)[labels], labels, names)["classes"]
-    assert [rows[name]["support"] for name in names] == [1, 2]
-
-
 def test_print_report_shows_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summarize(*random_predictions(), NAMES)
+    summary = summarize(random_predictions())
     print_report("val", summary)
     lines = capsys.readouterr().out.splitlines()
     low, high = summary["acc_interval_95"]
@@ -185,14 +188,14 @@ class LinearModule(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(images.flatten(1))
 
-    def predict_step(self, batch: Any) -> Tensor:
+    def validation_step(self, batch: Any) -> Tensor:
         return self(batch[0]).float().softmax(dim=1)
 
-    validation_step = test_step = predict_step
+    test_step = validation_step
 
 
 def collect(
-    verb: str, mirror: bool, precision: Any = "32-true"
+    verb: str, mirror: bool, **options: Any
 ) -> tuple[PredictionCollector, LinearModule, Tensor, Tensor]:
     torch.manual_seed(0)
     module, images, labels = LinearModule(), torch.randn(10, 3, 4, 4), torch.arange(10) % 3
@@ -201,10 +204,10 @@ def collect(
         accelerator="cpu",
         callbacks=[collector],
         logger=False,
-        precision=precision,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **options,
     )
     for _ in range(2):  # the result is that of the last loop alone
         loader = DataLoader(TensorDataset(images, labels), batch_size=4)
@@ -212,35 +215,37 @@ def collect(
     return collector, module, images, labels
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_collector_collects_the_last_loop(verb: str) -> None:
-    collector, module, images, labels = collect(verb, mirror=False)
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_collector_collects_the_last_loop_and_means_with_mirror_images(
+    verb: str, mirror: bool
+) -> None:
+    collector, module, images, labels = collect(verb, mirror)
     with torch.inference_mode():
-        expected = module(images).softmax(dim=1)
-    torch.testing.assert_close(collector.result[0], expected)
-    assert torch.equal(collector.result[1], labels)
-    assert collector.mirrored is None
-
-
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_mirrored_probabilities_are_means_of_both_images(verb: str) -> None:
-    collector, module, images, labels = collect(verb, mirror=True)
-    assert collector.mirrored is not None
-    with torch.inference_mode():
-        own = module(images).softmax(dim=1)
-        other = module(images.flip(-1)).softmax(dim=1)
+        own, other = (module(views).softmax(dim=1) for views in (images, images.flip(-1)))
     torch.testing.assert_close(collector.result[0], own)
-    torch.testing.assert_close(collector.mirrored[0], (own + other) / 2)
-    assert torch.equal(collector.mirrored[1], labels)
+    assert torch.equal(collector.result[1], labels)
+    assert (collector.mirrored is not None) == mirror
+    if mirror:
+        torch.testing.assert_close(collector.mirrored, (own + other) / 2)
 
 
 def test_mirror_image_is_predicted_in_the_precision_of_the_trainer() -> None:
     collector, module, images, _ = collect("test", mirror=True, precision="bf16-mixed")
-    assert collector.mirrored is not None
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         own = module(images).float().softmax(dim=1)
         other = module(images.flip(-1)).float().softmax(dim=1)
-    torch.testing.assert_close(collector.mirrored[0], (own + other) / 2)
+    torch.testing.assert_close(collector.mirrored, (own + other) / 2)
+
+
+@pytest.mark.parametrize("stage", ["test", "val"])
+def test_report_of_no_image_is_refused(stage: str, tmp_path: Path) -> None:
+    verb = {"test": "test", "val": "validate"}[stage]
+    collector, *_ = collect(verb, mirror=True, **{f"limit_{stage}_batches": 0})
+    nothing = PredictedImages(random_images(10), *collector.result, NAMES)
+    with pytest.raises(UserError, match=r"^no image was tested: "):
+        write_report(tmp_path, stage, nothing, {})
+    assert not [*tmp_path.iterdir()]
 
 
 # Figures
@@ -257,21 +262,49 @@ def drawn_tiles(figure: Any) -> list[np.ndarray[Any, Any]]:
 def test_mistakes_are_sorted_by_confidence() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.05, 0.95]])
     labels, images = torch.tensor([0, 0, 1, 0, 1]), random_images(5)
-    figure = mistakes_figure(images, probabilities, labels, ["ant", "bee"], "Title")
+    given = PredictedImages(images, probabilities, labels, ["ant", "bee"])
+    figure = FIGURES["mistakes"](given, "Title")
     captions = [text.get_text() for text in figure.axes[0].texts]
     assert captions == ["ant\n→ bee 80%", "ant\n→ bee 70%", "bee\n→ ant 60%"]
     for tile, position in zip(drawn_tiles(figure), [1, 3, 2], strict=True):
         assert np.array_equal(tile, images[position].permute(1, 2, 0))
 
 
-def test_mistakes_figure_draws_24_at_most_and_says_if_there_are_none() -> None:
-    probabilities, labels = torch.eye(2)[torch.zeros(30, dtype=torch.long)], torch.ones(30).long()
-    figure = mistakes_figure(random_images(30), probabilities, labels, ["ant", "bee"], "Title")
+def test_mistakes_are_24_at_most_and_a_picture_says_if_there_are_none() -> None:
+    figure = FIGURES["mistakes"](certain([0] * 30, [1] * 30, NAMES), "Title")
     assert len(figure.axes[0].texts) == 24
-    figure = mistakes_figure(random_images(30), probabilities, 1 - labels, ["ant", "bee"], "Title")
+    figure = FIGURES["mistakes"](certain([0] * 30, [0] * 30, NAMES), "Title")
     assert not figure.axes[0].texts
-    assert figure.axes[0].get_title() == "Title: none"
+    assert figure.axes[0].get_title() == "Title: the most confident mistakes, none"
     assert Image.open(BytesIO(to_png(figure))).width > 300
+
+
+def bars(axes: Any) -> dict[int, float]:
+    """The height of each bar that is drawn, by its bin."""
+    shown = [bar for bar in axes.patches if bar.get_height() > 0]
+    assert all(bar.get_width() == pytest.approx(1 / 15) for bar in shown)
+    return {round(bar.get_x() * 15): bar.get_height() for bar in shown}
+
+
+def test_reliability_diagram_matches_sklearns_calibration_curve() -> None:
+    given = random_predictions()
+    confidence, top = given.probabilities.max(dim=1)
+    accuracy, mean_confidence = calibration_curve(top == given.labels, confidence, n_bins=15)
+    counts, _ = np.histogram(confidence, bins=15, range=(0, 1))
+    upper, lower = FIGURES["reliability"](given, "Title").axes
+    assert bars(lower) == {i: n for i, n in enumerate(counts) if n}
+    assert [text.get_text() for text in lower.texts] == [str(n or "") for n in counts]
+    assert list(bars(upper)) == list(bars(lower))
+    assert [*bars(upper).values()] == pytest.approx(accuracy)
+    marks = upper.lines[0].get_ydata()
+    assert marks[~np.isnan(marks)] == pytest.approx(mean_confidence)
+
+
+def test_reliability_diagram_shows_the_calibration_error() -> None:
+    figure = FIGURES["reliability"](certain([0, 1, 1, 1], [0, 1, 0, 1], ["a", "b"]), "Title")
+    assert bars(figure.axes[0]) == {14: 0.75}
+    title = figure.get_suptitle()
+    assert title == "Title\nexpected calibration error 0.2500 in 15 bins"
 
 
 @pytest.mark.parametrize("count", [1, 8, 11])
@@ -283,8 +316,9 @@ def test_image_grid_draws_each_image_above_its_caption(count: int) -> None:
         assert np.array_equal(tile, image.permute(1, 2, 0))
 
 
-def test_confusion_figure_shows_percent_of_each_true_class() -> None:
-    axes = confusion_figure(torch.tensor([[3, 1], [0, 10]]), ["ant", "bee"], "Title").axes[0]
+def test_confusion_matrix_shows_percent_of_each_true_class() -> None:
+    given = certain([0, 0, 0, 1] + [1] * 10, [0, 0, 0, 0] + [1] * 10, ["ant", "bee"])
+    axes = FIGURES["confusion_matrix"](given, "Title").axes[0]
     cells = {text.get_position(): text.get_text() for text in axes.texts}
     assert cells == {(0, 0): "75", (1, 0): "25", (0, 1): "0", (1, 1): "100"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ant", "bee"]
@@ -292,22 +326,20 @@ def test_confusion_figure_shows_percent_of_each_true_class() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100, 201])
-def test_figures_are_png_files_with_any_number_of_classes(classes: int) -> None:
+def test_pictures_are_png_files_with_any_number_of_classes(classes: int) -> None:
     names = [f"${i}_$".ljust(60, "x") for i in range(classes)]  # long, and no formulas
-    probabilities, labels = random_predictions(1000, classes)
-    predicted = probabilities.argmax(dim=1)
-    counts = torch.from_numpy(confusion_matrix(labels, predicted, labels=range(classes)))
-    matrix = confusion_figure(counts, names, "Title")
-    assert len(matrix.axes[0].texts) == (classes**2 if classes <= 20 else 0)
-    assert len(matrix.axes[0].get_yticklabels()) == (classes if classes <= 200 else 0)
-    mistakes = mistakes_figure(random_images(1000), probabilities, labels, names, "Title")
-    for figure in (matrix, mistakes):
+    given = random_predictions(1000, names)
+    figures = {name: draw(given, "Title") for name, draw in FIGURES.items()}
+    for figure in figures.values():
         image = Image.open(BytesIO(to_png(figure)))
         assert image.format == "PNG"
         assert all(300 < side < 1500 for side in image.size)
         assert figure.axes[0].get_position().width > 0.3  # names leave room for the figure
     assert not plt.get_fignums()  # nothing is left in the state of pyplot
-    captions = [text.get_text() for text in mistakes.axes[0].texts]
+    matrix = figures["confusion_matrix"].axes[0]
+    assert len(matrix.texts) == (classes**2 if classes <= 20 else 0)
+    assert len(matrix.get_yticklabels()) == (classes if classes <= 200 else 0)
+    captions = [text.get_text() for text in figures["mistakes"].axes[0].texts]
     assert captions
     assert all(len(line) <= 20 for caption in captions for line in caption.split("\n"))
 
@@ -329,16 +361,15 @@ def test_curves_figure_draws_the_curves_that_are_there() -> None:
 def test_write_report_writes_all_files_of_a_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    probabilities, labels = random_predictions()
-    data = LabelledImages(random_images(500), labels, NAMES)
-    metadata = {"checkpoint": "best.ckpt", "acc_mirrored": 0.5}
-    test_files = write_report(tmp_path, "test", data, probabilities, metadata)
-    expected = {"confusion_matrix.png", "mistakes.png", "predictions.csv", "test.json"}
+    given, metadata = random_predictions(), {"checkpoint": "best.ckpt", "acc_mirrored": 0.5}
+    probabilities, labels = given.probabilities, given.labels
+    test_files = write_report(tmp_path, "test", given, metadata)
+    expected = {*(f"{name}.png" for name in FIGURES), "predictions.csv", "test.json"}
     assert {path.name for path in tmp_path.iterdir()} == set(test_files) == expected
     assert "test/acc_mirrored 0.5000" in capsys.readouterr().out
 
     content = json.loads((tmp_path / "test.json").read_text(encoding="utf-8"))
-    assert content == {**metadata, **summarize(probabilities, labels, NAMES)}
+    assert content == {**metadata, **summarize(given)}
     assert "[döner]" in (tmp_path / "test.json").read_text(encoding="utf-8")
     with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -347,7 +378,7 @@ def test_write_report_writes_all_files_of_a_stage(
     assert sum(row["true"] == row["predicted"] for row in rows) / 500 == content["acc"]
     assert rows[7]["probability"] == f"{probabilities[7].max():.4f}"
 
-    names = write_report(tmp_path, "val", data, probabilities, {})
+    names = write_report(tmp_path, "val", given, {})
     assert "acc_mirrored" not in json.loads((tmp_path / "validate.json").read_text())
     assert {path.name for path in tmp_path.iterdir()} == {*names, *test_files}
     assert all("validate" in name for name in names)
@@ -355,6 +386,5 @@ def test_write_report_writes_all_files_of_a_stage(
 
 
 def test_csv_quotes_names_with_commas() -> None:
-    rows = prediction_rows(torch.tensor([[0.25, 0.75]]), torch.tensor([0]), ["a, b", 'c "d"'])
-    text = to_csv(rows)
-    assert text == 'index,true,predicted,probability\n0,"a, b","c ""d""",0.7500\n'
+    text = to_csv(prediction_rows(certain([1], [0], ["a, b", 'c "d"'])))
+    assert text == 'index,true,predicted,probability\n0,"a, b","c ""d""",1.0000\n'

@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.callbacks import CHARTS
+from cifar_resnet.figures import FIGURES
 
 RUN = Path("lightning_logs/version_0")
 
@@ -72,7 +73,8 @@ def test_pictures_graph_and_command_are_there(
     steps = {
         name: [image.step for image in events.Images(name)] for name in events.Tags()["images"]
     }
-    assert steps == {"augmented batch": [0], "val/confusion matrix": [3], "val/mistakes": [3]}
+    pictures = {f"val/{name.replace('_', ' ')}": [3] for name in FIGURES}
+    assert steps == {"augmented batch": [0], **pictures}
     assert events.Tags()["graph"]
     assert Image.open(digits_run.folder / "curves.png").width > 500
     text = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -151,7 +153,7 @@ def test_browser_shows_curves_and_pictures(page: Any) -> None:
         page.get_by_text("Matches (2)").first.wait_for()  # training and validation
         page.get_by_text("Matches (10)").first.wait_for()  # the classes
     with dashboard(page, "images"):
-        for tag in ("augmented batch", "val/confusion matrix", "val/mistakes"):
+        for tag in ("augmented batch", "val/confusion matrix", "val/reliability"):
             page.get_by_text(tag, exact=True).first.wait_for()
         picture = page.locator("img[src*='individualImage']").first
         picture.wait_for()
