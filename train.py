@@ -39,7 +39,6 @@ from cifar_resnet.callbacks import (
     ResumeHint,
     TensorBoardImages,
     TerminateOnNaN,
-    Throughput,
 )
 from cifar_resnet.checkpoint import (
     AtomicCheckpointIO,
@@ -341,7 +340,6 @@ def main() -> None:
         UserError,
         MisconfigurationException,
         OSError,
-        FloatingPointError,
         ModuleNotFoundError,
     )
     with one_line_errors(1, *run_errors):
@@ -360,7 +358,6 @@ def main() -> None:
                     CycleLengthCheck(),
                     CurrentLimits(),
                     ResumeHint(),
-                    Throughput(),
                     EpochSummary(),
                 ],
             },

@@ -5,7 +5,6 @@ Callbacks get the module and the data from the Trainer; they import neither.
 
 import copy
 import datetime
-import math
 import shlex
 import signal
 import sys
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, Timer
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cifar_resnet.checkpoint import model_checkpoints
 from cifar_resnet.figures import FIGURES, PredictedImages, curves_figure, image_grid, to_png
 from cifar_resnet.files import atomic_write
-from cifar_resnet.messages import print_once, relative
+from cifar_resnet.messages import UserError, print_once, relative
 from cifar_resnet.report import Predictions
 from cifar_resnet.runs import effective_batch_size, read_scalars, tensorboard_logger
 
@@ -54,7 +52,7 @@ class TerminateOnNaN(Callback):
         # Buffers, too: a step that float16 skips leaves NaN in batch statistics alone.
         finite = [value.isfinite().all() for value in pl_module.state_dict().values()]
         if not trainer.strategy.reduce_boolean_decision(bool(torch.stack(finite).all())):
-            raise FloatingPointError(
+            raise UserError(
                 f"the weights are not finite (nan or inf) after epoch {trainer.current_epoch + 1}, "
                 f"at a learning rate of {pl_module.lr:g}: the checkpoints are those of earlier "
                 "epochs. Try a lower rate (--model.optimizer.lr, or --model.lr_scheduler.max_lr "
@@ -63,28 +61,25 @@ class TerminateOnNaN(Callback):
 
 
 class CycleLengthCheck(Callback):
-    """Refuses, before it trains, a run that is longer than the cycle of its OneCycleLR."""
+    """Refuses a run that is longer than the cycle of its OneCycleLR; notes one that is shorter.
+
+    OneCycleLR would end the run with an error, but only when the cycle is over. A shorter run ends
+    at a high rate.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             cycle = getattr(config.scheduler, "total_steps", None)
-            if cycle is None:
-                continue
             by_step = config.interval == "step"
-            run = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
-            if run in (-1, math.inf):
-                raise MisconfigurationException(
-                    f"the run has no end, but its learning rate's cycle has only {cycle} "
-                    f"{config.interval}s: give --trainer.max_epochs"
+            run = (trainer.estimated_stepping_batches if by_step else trainer.max_epochs) or 0
+            if cycle and not 0 <= run <= cycle:
+                raise UserError(
+                    f"the run takes {run} {config.interval}s (-1 and inf: without an end), but "
+                    f"OneCycleLR only {cycle}: give fewer --trainer.max_epochs, or begin a new run"
                 )
-            if run > cycle:
-                raise MisconfigurationException(
-                    f"the run takes {run} {config.interval}s, but its learning rate's cycle has "
-                    f"only {cycle}: begin a new run, or train for fewer epochs"
-                )
-            if run < cycle:
-                left = cycle - run
-                print_once(f"The run ends {left} {config.interval}s before its rate's cycle does")
+            if cycle and run < cycle:
+                left = f"{cycle - run:.0f} {config.interval}s"
+                print_once(f"Note: the run ends {left} before the cycle of its OneCycleLR")
 
 
 class CurrentLimits(Callback):
@@ -151,49 +146,42 @@ class NetworkSummary(ModelSummary):
         ModelSummary.summarize(shown, *args, **kwargs)
 
 
-class Throughput(Callback):
-    """Logs `images_per_second` of each epoch: in training, without validation, by all processes."""
-
-    seconds = start = 0.0  # for `validate`, which has no epoch
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.images, self.seconds, self.start = 0, 0.0, time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
-    ) -> None:
-        self.images += len(batch[1])
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.seconds += time.perf_counter() - self.start
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seconds = self.seconds + time.perf_counter() - self.start
-        pl_module.log("images_per_second", self.images * trainer.world_size / seconds)
-
-
 class EpochSummary(Callback):
-    """Prints a line for each epoch, and at the end which checkpoint is best."""
+    """Prints a line for each epoch, and at the end which checkpoint is best.
+
+    Logs `images_per_second` of each epoch: in training, without validation, by all processes.
+    """
 
     validated = False  # since the last line
+    validation_start = validation_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start, self.first_epoch = time.perf_counter(), trainer.current_epoch
+        self.run_start, self.first_epoch = time.perf_counter(), trainer.current_epoch
         if trainer.world_size > 1 or trainer.accumulate_grad_batches > 1:
             images = effective_batch_size(trainer)
             print_once(f"Each optimizer step takes {images} images, of all processes together")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validated = not trainer.sanity_checking
-
-    # An epoch's metrics are complete when the next one starts.
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An epoch's metrics are complete when the next one starts.
         if trainer.current_epoch > self.first_epoch:
             self.print_epoch(trainer, (trainer.max_epochs or -1) - trainer.current_epoch)
+        self.epoch_start, self.images, self.validation_seconds = time.perf_counter(), 0, 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *index: int
+    ) -> None:
+        self.images += len(batch[0])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation_seconds += time.perf_counter() - self.validation_start
+        self.validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds = time.perf_counter() - self.epoch_start - self.validation_seconds
+        pl_module.log("images_per_second", self.images * trainer.world_size / seconds)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
@@ -219,7 +207,7 @@ class EpochSummary(Callback):
             parts += [f"{name} {float(metrics[name]):.4f}" for name in names]
         parts.append(f"{float(metrics['images_per_second']):,.0f} images/s")
         if epochs_left > 0:
-            each = (time.perf_counter() - self.start) / (done - self.first_epoch)
+            each = (time.perf_counter() - self.run_start) / (done - self.first_epoch)
             parts.append(f"{datetime.timedelta(seconds=round(each * epochs_left))} left")
         print_once("  ".join(parts))
         self.validated = False

@@ -273,7 +273,6 @@ def test_bug_while_objects_are_made_keeps_its_traceback(
         ("fit --ckpt older.ckpt --data.val_size 9", "data.val_size is 9, but the checkpoint was"),
         ("test --ckpt older.ckpt --trainer.limit_test_batches 0", "there is nothing to test"),
         ("validate --ckpt older.ckpt --trainer.limit_val_batches 0", "limit_val_batches is 0"),
-        ("predict --ckpt older.ckpt --trainer.limit_predict_batches 0", "nothing to predict"),
         ("test --ckpt older.ckpt --model.width 8", "model.width is 8, but the checkpoint"),
         ("test --ckpt older.ckpt --model.normalize false", "model.normalize is false, but"),
         ("fit --ckpt older.ckpt --trainer.max_epochs 1", "max_epochs is 1, but"),
