@@ -101,22 +101,14 @@ def test_class_scores_match_sklearn() -> None:
 
 
 def test_most_confused_pairs_count_both_directions() -> None:
-    given = random_predictions()
-    confused = summarize(given)["confused"]
-    counts = confusion_matrix(given.labels, given.probabilities.argmax(dim=1))
-    assert given.counts.tolist() == counts.tolist()
-    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
-    pairs.sort(key=lambda pair: counts[pair] + counts[pair[::-1]], reverse=True)
-    totals = [counts[pair] + counts[pair[::-1]] for pair in pairs]
-    assert len(set(totals[:4])) == 4  # no ties: the order is defined
-    assert confused == [
-        {
-            "classes": [NAMES[i], NAMES[j]],
-            "first_predicted_as_second": counts[i, j],
-            "second_predicted_as_first": counts[j, i],
-        }
-        for i, j in pairs[:3]
-    ]
+    pairs = [(0, 1)] * 3 + [(1, 0)] * 2 + [(3, 2)] * 4 + [(1, 2)] * 2 + [(0, 3)] + [(0, 0)] * 9
+    labels, predicted = (list(column) for column in zip(*pairs, strict=True))
+    given = certain(predicted, labels, NAMES)
+    assert given.counts.tolist() == confusion_matrix(labels, predicted).tolist()
+    keys = ("classes", "first_predicted_as_second", "second_predicted_as_first")
+    expected = [(NAMES[:2], 3, 2), (NAMES[2:], 0, 4), (NAMES[1:3], 2, 0)]
+    found = summarize(given)["confused"]
+    assert found == [dict(zip(keys, each, strict=True)) for each in expected]
 
 
 def test_class_without_images_scores_zero_and_may_have_the_name_of_a_row_of_sklearn() -> None:
@@ -129,26 +121,19 @@ def test_class_without_images_scores_zero_and_may_have_the_name_of_a_row_of_skle
 
 def test_print_report_shows_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     summary = summarize(random_predictions())
-    print_report("val", summary)
-    lines = capsys.readouterr().out.splitlines()
-    low, high = summary["acc_interval_95"]
-    assert lines[0] == (
-        f"val/acc {summary['acc']:.4f}, 95 % interval {low:.4f} to {high:.4f}, 500 images"
-    )
-    assert lines[1] == f"val/loss {summary['loss']:.4f}, calibration error {summary['ece']:.4f}"
-    assert lines[2].split() == ["class", "precision", "recall", "F1", "images"]
-    for line, (name, row) in zip(lines[3:7], summary["classes"].items(), strict=True):
-        scores = [f"{row[score]:.4f}" for score in ("precision", "recall", "f1-score")]
-        assert line.startswith(name)
-        assert line.removeprefix(name).split() == [*scores, f"{row['support']:.0f}"]
-    assert len({len(line) for line in lines[2:7]}) == 1  # aligned
-    pair = summary["confused"][0]
-    assert lines[7].startswith(f"Most confused: {pair['classes'][0]} and {pair['classes'][1]} (")
-
     print_report("test", {**summary, "acc_mirrored": 0.87914})
-    assert capsys.readouterr().out.splitlines()[1] == (
-        "test/acc_mirrored 0.8791: each image and its mirror image, probabilities averaged"
-    )
+    acc, mirrored, loss, header, *rows, confused = capsys.readouterr().out.splitlines()
+    low, high = summary["acc_interval_95"]
+    interval = f"95 % interval {low:.4f} to {high:.4f}"
+    assert acc == f"test/acc {summary['acc']:.4f}, {interval}, 500 images"
+    assert mirrored.startswith("test/acc_mirrored 0.8791: ")
+    assert loss == f"test/loss {summary['loss']:.4f}, calibration error {summary['ece']:.4f}"
+    for row, (name, scores) in zip(rows, summary["classes"].items(), strict=True):
+        expected = [f"{scores[score]:.4f}" for score in ("precision", "recall", "f1-score")]
+        assert row.removeprefix(name).split() == [*expected, f"{scores['support']:.0f}"]
+        assert len(row) == len(header)  # aligned
+    first, second = summary["confused"][0]["classes"]
+    assert confused.startswith(f"Most confused: {first} and {second} (")
 
 
 # Collecting predictions
@@ -215,27 +200,24 @@ def collect(
     return collector, module, images, labels
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_collector_collects_the_last_loop_and_means_with_mirror_images(
-    verb: str, mirror: bool
+    verb: str, mirror: bool, precision: str
 ) -> None:
-    collector, module, images, labels = collect(verb, mirror)
-    with torch.inference_mode():
-        own, other = (module(views).softmax(dim=1) for views in (images, images.flip(-1)))
+    collector, module, images, labels = collect(verb, mirror, precision=precision)
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+    ):
+        own, other = (module(view).float().softmax(dim=1) for view in (images, images.flip(-1)))
     torch.testing.assert_close(collector.result[0], own)
     assert torch.equal(collector.result[1], labels)
-    assert (collector.mirrored is not None) == mirror
     if mirror:
         torch.testing.assert_close(collector.mirrored, (own + other) / 2)
-
-
-def test_mirror_image_is_predicted_in_the_precision_of_the_trainer() -> None:
-    collector, module, images, _ = collect("test", mirror=True, precision="bf16-mixed")
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        own = module(images).float().softmax(dim=1)
-        other = module(images.flip(-1)).float().softmax(dim=1)
-    torch.testing.assert_close(collector.mirrored, (own + other) / 2)
+    else:
+        assert collector.mirrored is None
 
 
 @pytest.mark.parametrize("stage", ["test", "val"])
@@ -271,12 +253,12 @@ def test_mistakes_are_sorted_by_confidence() -> None:
 
 
 def test_mistakes_are_24_at_most_and_a_picture_says_if_there_are_none() -> None:
-    figure = FIGURES["mistakes"](certain([0] * 30, [1] * 30, NAMES), "Title")
-    assert len(figure.axes[0].texts) == 24
-    figure = FIGURES["mistakes"](certain([0] * 30, [0] * 30, NAMES), "Title")
-    assert not figure.axes[0].texts
-    assert figure.axes[0].get_title() == "Title: the most confident mistakes, none"
-    assert Image.open(BytesIO(to_png(figure))).width > 300
+    many, none = (
+        FIGURES["mistakes"](certain([0] * 30, [label] * 30, NAMES), "Title").axes[0]
+        for label in (1, 0)
+    )
+    assert (len(many.texts), len(none.texts)) == (24, 0)
+    assert none.get_title() == "Title: the most confident mistakes, none"
 
 
 def bars(axes: Any) -> dict[int, float]:
@@ -291,20 +273,20 @@ def test_reliability_diagram_matches_sklearns_calibration_curve() -> None:
     confidence, top = given.probabilities.max(dim=1)
     accuracy, mean_confidence = calibration_curve(top == given.labels, confidence, n_bins=15)
     counts, _ = np.histogram(confidence, bins=15, range=(0, 1))
-    upper, lower = FIGURES["reliability"](given, "Title").axes
+    figure = FIGURES["reliability"](given, "Title")
+    upper, lower = figure.axes
     assert bars(lower) == {i: n for i, n in enumerate(counts) if n}
     assert [text.get_text() for text in lower.texts] == [str(n or "") for n in counts]
     assert list(bars(upper)) == list(bars(lower))
     assert [*bars(upper).values()] == pytest.approx(accuracy)
     marks = upper.lines[0].get_ydata()
     assert marks[~np.isnan(marks)] == pytest.approx(mean_confidence)
+    assert f"calibration error {summarize(given)['ece']:.4f} in 15 bins" in figure.get_suptitle()
 
 
-def test_reliability_diagram_shows_the_calibration_error() -> None:
+def test_reliability_diagram_of_certain_predictions_fills_the_last_bin() -> None:
     figure = FIGURES["reliability"](certain([0, 1, 1, 1], [0, 1, 0, 1], ["a", "b"]), "Title")
-    assert bars(figure.axes[0]) == {14: 0.75}
-    title = figure.get_suptitle()
-    assert title == "Title\nexpected calibration error 0.2500 in 15 bins"
+    assert [bars(axes) for axes in figure.axes] == [{14: 0.75}, {14: 4}]
 
 
 @pytest.mark.parametrize("count", [1, 8, 11])
