@@ -34,7 +34,7 @@ class PredictedImages:
     """Images with what a network makes of them: all that pictures and reports are made of.
 
     Attributes:
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8; where a limit left the last ones out, those may follow.
         probabilities: (N, C) float32.
         labels: (N,) int64.
         class_names: Of the C classes.
