@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,30 +67,61 @@ def make_shortcut(
     return nn.Sequential(projection, nn.BatchNorm2d(out_channels)) if norm else projection
 
 
-class BasicBlock(nn.Module):
-    """The residual block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
+class BlockOptions(NamedTuple):
+    """What all blocks of a network share."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        activation: Activation,
-    ) -> None:
+    shortcut: Shortcut
+    activation: Activation
+
+
+class BasicBlock(nn.Module):
+    """The block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
+
+    expansion = 1  # channels of its output, for each one of its 3×3 convolutions
+
+    def __init__(self, in_channels: int, channels: int, stride: int, options: BlockOptions) -> None:
         super().__init__()
-        self.activation = activation
-        self.conv1 = conv(in_channels, out_channels, stride=stride)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = conv(out_channels, out_channels)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
+        self.activation = options.activation
+        self.conv1 = conv(in_channels, channels, stride=stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = make_shortcut(options.shortcut, in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.activation(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += shortcut  # in place, as the ReLU: 3 % of a training step on a CPU
+        return self.activation(out)
+
+
+class Bottleneck(nn.Module):
+    """The block of He et al. 2015 for deep networks: 1×1, 3×3 and 1×1 convolution.
+
+    The stride is on the 3×3 convolution, as in torchvision; the paper has it on the first 1×1.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, options: BlockOptions) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.activation = options.activation
+        self.conv1 = conv(in_channels, channels, kernel_size=1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels, stride=stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = conv(channels, out_channels, kernel_size=1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = make_shortcut(options.shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.activation(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += shortcut
         return self.activation(out)
 
 
@@ -101,21 +132,16 @@ class PreActBlock(nn.Module):
     convolution: the next block normalises the sum.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        shortcut: Shortcut,
-        activation: Activation,
-    ) -> None:
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, options: BlockOptions) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation = options.activation
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = conv(in_channels, out_channels, stride=stride)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = conv(out_channels, out_channels)
-        self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride, norm=False)
+        self.conv1 = conv(in_channels, channels, stride=stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels)
+        self.downsample = make_shortcut(options.shortcut, in_channels, channels, stride, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.activation(self.bn1(x))
@@ -123,13 +149,50 @@ class PreActBlock(nn.Module):
         return shortcut + self.conv2(self.activation(self.bn2(self.conv1(out))))
 
 
+class PreActBottleneck(nn.Module):
+    """The bottleneck of He et al. 2016: BN–ReLU–conv three times, with `PreActBlock`'s shortcut.
+
+    The stride is on the 3×3 convolution; the paper's code has it on the first 1×1.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, options: BlockOptions) -> None:
+        super().__init__()
+        outputs = self.expansion * channels
+        self.activation = options.activation
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, channels, kernel_size=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels, stride=stride)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.conv3 = conv(channels, outputs, kernel_size=1)
+        self.downsample = make_shortcut(options.shortcut, in_channels, outputs, stride, norm=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.activation(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(out)
+        out = self.conv2(self.activation(self.bn2(self.conv1(out))))
+        return shortcut + self.conv3(self.activation(self.bn3(out)))
+
+
+Block = type[BasicBlock] | type[Bottleneck] | type[PreActBlock] | type[PreActBottleneck]
+BLOCKS: dict[tuple[str, bool], Block] = {  # by the options `block` and `preactivation`
+    ("basic", False): BasicBlock,
+    ("basic", True): PreActBlock,
+    ("bottleneck", False): Bottleneck,
+    ("bottleneck", True): PreActBottleneck,
+}
+
+
 class ResNet(nn.Module):
     """A residual network of three stages for small images (He et al. 2015, section 4.2).
 
-    A 3×3 stem, three stages of `width`, 2·`width` and 4·`width` channels, the second and third
-    starting with stride 2, global average pooling, and a linear head. Its depth in the paper's
-    count is 2·sum(`layers`) + 2: (3, 3, 3) is ResNet-20, (18, 18, 18) ResNet-110. Stages, blocks
-    and shortcuts are named as in torchvision: layer1 to layer3, conv1, bn1, ..., downsample.
+    A 3×3 stem, three stages whose 3×3 convolutions have `width`, 2·`width` and 4·`width` channels,
+    the second and third starting with stride 2, global average pooling, and a linear head. With n
+    blocks in each stage the paper's depth is 6n + 2 for basic blocks and 9n + 2 for bottlenecks:
+    n = 3 is ResNet-20, n = 18 ResNet-110, or ResNet-164 of bottlenecks. Names are torchvision's:
+    layer1 to layer3, conv1, bn1, ..., downsample.
 
     Args:
         layers: Number of blocks in each of the three stages.
@@ -138,7 +201,9 @@ class ResNet(nn.Module):
             paper), `pad` (option A: subsampling and zeros, no parameters), or `pool`: option A with
             the mean of 2×2 pixels, as ResNet-D averages (He et al. 2018, arXiv:1812.01187).
         preactivation: Use the blocks of He et al. 2016 instead.
-        width: Channels of the stem and of the first stage.
+        block: `basic` has two 3×3 convolutions; `bottleneck` has one between two 1×1 convolutions,
+            and four times as many channels outside.
+        width: Channels of the stem and of the first stage's 3×3 convolutions.
         activation: `relu`, or `silu`, x·sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118).
     """
 
@@ -148,29 +213,29 @@ class ResNet(nn.Module):
         num_classes: PositiveInt = 10,
         shortcut: Shortcut = "conv3x3",
         preactivation: bool = False,
+        block: Literal["basic", "bottleneck"] = "basic",
         width: PositiveInt = 16,
         activation: Literal["relu", "silu"] = "relu",
     ) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        block = partial(
-            PreActBlock if preactivation else BasicBlock,
-            shortcut=shortcut,
-            activation=self.activation,
-        )
+        make_block = BLOCKS[block, preactivation]
+        options = BlockOptions(shortcut, ACTIVATIONS[activation])
 
-        def stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
-            rest = (block(channels, channels, stride=1) for _ in range(blocks - 1))
-            return nn.Sequential(block(in_channels, channels, stride), *rest)
+        def stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+            channels = out_channels // make_block.expansion
+            rest = (make_block(out_channels, channels, 1, options) for _ in range(blocks - 1))
+            return nn.Sequential(make_block(in_channels, channels, stride, options), *rest)
 
+        self.activation = options.activation
         self.preactivation = preactivation
+        narrow, middle, wide = (make_block.expansion * width * factor for factor in (1, 2, 4))
         self.conv = conv(3, width)
         # Preactivation blocks begin with BN and ReLU, so theirs comes once, after the last block.
-        self.bn = nn.BatchNorm2d(4 * width if preactivation else width)
-        self.layer1 = stage(layers[0], width, width, stride=1)
-        self.layer2 = stage(layers[1], width, 2 * width, stride=2)
-        self.layer3 = stage(layers[2], 2 * width, 4 * width, stride=2)
-        self.fc = nn.Linear(4 * width, num_classes)
+        self.bn = nn.BatchNorm2d(wide if preactivation else width)
+        self.layer1 = stage(layers[0], width, narrow, stride=1)
+        self.layer2 = stage(layers[1], narrow, middle, stride=2)
+        self.layer3 = stage(layers[2], middle, wide, stride=2)
+        self.fc = nn.Linear(wide, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps float images (N, 3, H, W), H and W 32 or more, to logits (N, num_classes)."""
