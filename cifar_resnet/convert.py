@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cifar_resnet.messages import UserError
+
 STATE_DICT_KEYS = ("state_dict", "net", "model", "model_state_dict")
 REPLACEMENTS = (
     (r"^((module|_orig_mod|model|net|network)\.)+", ""),
@@ -21,11 +23,7 @@ REPLACEMENTS = (
     (r"^linear\.", "fc."),
     (r"\.shortcut\.", ".downsample."),
 )
-NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-KNOWN_NAME = re.compile(
-    rf"mean|std|conv\.weight|bn\.{NORM}|fc\.(weight|bias)|layer[123]\.\d+\."
-    rf"(conv[12]\.weight|bn[12]\.{NORM}|downsample\.(0\.)?weight|downsample\.1\.{NORM})"
-)
+ENDS = {"conv.weight", "bn.weight", "fc.weight"}  # stem and head, by which a network is known
 
 
 def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,16 +40,18 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
         `num_batches_tracked` stays missing if the file, as those of PyTorch 0.3, has none.
 
     Raises:
-        ValueError: If these are not the weights of such a network.
+        UserError: If these are not the weights of one such network.
     """
     state_dict = find_state_dict(content)
     keys = {own_name(key): key for key in state_dict}
-    check_names(keys, state_dict)
     weights = {name: state_dict[key] for name, key in keys.items()}
     options = infer_options(weights)
     is_foreign = keys["conv.weight"].endswith("conv1.weight")
-    if is_foreign and options["preactivation"]:
-        raise ValueError("not a network of this project: its preactivation blocks may differ")
+    if is_foreign and (options["preactivation"] or options["block"] == "bottleneck"):
+        raise UserError(
+            "of another project, whose preactivation or bottleneck blocks may compute something "
+            "else than this project's"
+        )
     if is_foreign and options["shortcut"] == "pad":
         weights = permute_channels(weights)
     return {
@@ -66,31 +66,28 @@ def convert_state_dict(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict that `content` is, or has under one of its keys, or of their keys."""
-    if is_state_dict(content):
-        return {str(key): value for key, value in content.items()}
-    found = [key for key, value in content.items() if is_state_dict(value)]
-    usual = [key for key in STATE_DICT_KEYS if key in found]
-    outer = [
-        key
-        for key, value in content.items()
-        if isinstance(value, Mapping) and any(map(is_state_dict, value.values()))
-    ]
-    chosen = usual[:1] or found or outer
-    if len(chosen) != 1:
+def find_state_dict(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict that `content` is, or has under one of its keys, or of their keys.
+
+    Raises:
+        UserError: If there is none, or if one cannot tell which of several is meant.
+    """
+    inner = [value for value in content.values() if isinstance(value, Mapping)]
+    nested = [value for mapping in inner for value in mapping.values()]
+    usual = [[content.get(key)] for key in STATE_DICT_KEYS]
+    places: list[list[Any]] = [[content], *usual, inner, nested]
+    networks = ([value for value in place if is_network(value)] for place in places)
+    found = next(filter(None, networks), [])
+    if len(found) != 1:
         keys = shorten(", ".join(map(str, content)) or "none", 100, placeholder=" …")
-        raise ValueError(
-            f"not a network of this project: it has {len(chosen)} state dicts; its keys are {keys}"
-        )
-    return find_state_dict(content[chosen[0]])
+        raise UserError(f"not a network of this project, or several of them: its keys are {keys}")
+    return found[0]
 
 
-def is_state_dict(value: Any) -> bool:
-    """Whether this is a mapping of tensors, and has any."""
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(tensor, Tensor) for tensor in value.values())
+def is_network(value: Any) -> bool:
+    """Whether this is a mapping with a stem and a head, in which no two keys mean one layer."""
+    names = [own_name(str(key)) for key in value] if isinstance(value, Mapping) else []
+    return ENDS.issubset(names) and len(names) == len(set(names))
 
 
 def own_name(key: str) -> str:
@@ -100,46 +97,26 @@ def own_name(key: str) -> str:
     return key
 
 
-def check_names(keys: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> None:
-    """Refuses a state dict without a stem, with other layers, or of two networks.
-
-    `keys` are the state dict's keys by this project's names.
-    """
-    for name, other in (("conv.weight", "conv1.weight"), ("fc.weight", "linear.weight")):
-        if name not in keys:
-            raise ValueError(
-                f"not a network of this project: it has no {name} or {other}; its first key is "
-                f"{next(iter(keys.values()))}"
-            )
-    for key in state_dict:
-        name = own_name(key)
-        if not KNOWN_NAME.fullmatch(name):
-            raise ValueError(f"not a network of this project: it has an unknown {key}")
-        if keys[name] != key:
-            raise ValueError(f"not a network of this project: it has both {key} and {keys[name]}")
-
-
 def infer_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The options of `ResNetModule` that the weights' shapes imply."""
     blocks = {tuple(name.split(".")[:2]) for name in weights if name.startswith("layer")}
     stages = [stage for stage, _ in blocks]
     shortcuts = [v for k, v in weights.items() if re.search(r"downsample\.(0\.)?weight$", k)]
     kernels = {tuple(weight.shape[2:]) for weight in shortcuts}
-    # A tensor of no dimensions is left to the loader, which compares all shapes.
-    width, num_classes = (
-        len(torch.atleast_1d(weights[name])) for name in ("conv.weight", "fc.weight")
-    )
+    bottleneck = any(name.endswith("conv3.weight") for name in weights)
     return {
         "layers": [stages.count(f"layer{stage}") for stage in (1, 2, 3)],
-        "num_classes": num_classes,
+        "num_classes": len(weights["fc.weight"]),
         "shortcut": "pad" if not kernels else "conv1x1" if kernels == {(1, 1)} else "conv3x3",
-        "preactivation": "bn.weight" in weights and weights["bn.weight"].numel() == 4 * width,
-        "width": width,
+        # The network's own BN then comes right before the head.
+        "preactivation": weights["bn.weight"].shape == weights["fc.weight"].shape[1:],
+        "block": "bottleneck" if bottleneck else "basic",
+        "width": len(weights["conv.weight"]),
         "normalize": False,
         **{
             f"input_{name}": weights[name].flatten().tolist()
             for name in ("mean", "std")
-            if name in weights and weights[name].numel() == 3
+            if name in weights
         },
     }
 
@@ -151,11 +128,12 @@ def permute_channels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     behind them, this project's puts all behind. What makes or takes a stage's channels is permuted;
     the network then computes the same. A weight of a wrong shape stays as it is.
     """
-    order = {"layer1": torch.arange(len(torch.atleast_1d(weights["conv.weight"])))}
+    order = {"layer1": torch.arange(len(weights["conv.weight"]))}
     for narrow, wide in (("layer1", "layer2"), ("layer2", "layer3")):
-        old, new = order[narrow], torch.arange(2 * len(order[narrow]))
-        start = len(old) // 2
-        order[wide] = torch.cat([start + old, new[:start], new[start + len(old) :]])
+        old = order[narrow]
+        half = len(old) // 2
+        left, middle, right = torch.arange(2 * len(old)).split([half, len(old), len(old) - half])
+        order[wide] = torch.cat([middle[old], left, right])
     first_inputs = {"layer1": "layer1", "layer2": "layer1", "layer3": "layer2"}
     permuted = dict(weights)
     for name in weights:

@@ -165,7 +165,7 @@ def test_no_table_without_a_readable_file(
         (["pets", "--ckpt=pets/a.png"], "pets/a.png is not a checkpoint"),
         (
             ["pets", "--ckpt=vgg.pth"],
-            "vgg.pth is not a network of this project: it has no conv.weight",
+            "vgg.pth is not a network of this project, or several",
         ),
         (
             ["pets", "--ckpt=bare.pth", "--input_mean", *"111", "--input_std", *"101"],
