@@ -4,8 +4,6 @@
 scaling, loss, metrics, optimizer and learning-rate schedule.
 """
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -13,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -24,6 +21,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_resnet.checkpoint import known_options, load_weights
+from cifar_resnet.messages import UserError
 
 Shortcut = Literal["conv3x3", "conv1x1", "pad", "pool"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -294,7 +292,7 @@ class ResNetModule(LightningModule):
     ) -> None:
         super().__init__()
         if (input_mean is None) != (input_std is None):
-            raise ValueError("input_mean and input_std belong together: give both or neither")
+            raise UserError("input_mean and input_std belong together: give both or neither")
         self.save_hyperparameters(ignore=["compile"], logger=False)
         for name in ("optimizer", "lr_scheduler"):
             # The command line passes plain data. Python code passes functions, which a checkpoint
@@ -315,26 +313,18 @@ class ResNetModule(LightningModule):
         metrics = MetricCollection({"loss": loss, "acc": acc})
         self.train_metrics = metrics.clone(prefix="train/")
         self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
 
     def setup(self, stage: str) -> None:
         """Takes class names and, for `fit`, input scaling from the data."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if names := [str(name) for name in getattr(data, "class_names", [])]:  # not NumPy's
             if self.class_names not in ([], names):
-                raise MisconfigurationException(
+                raise UserError(
                     f"the checkpoint was trained on the classes {self.class_names}, but the data "
                     f"has {names}: use the data set that it was trained on"
                 )
             self.class_names = names
-        if stage != "fit":
-            return
-        if self.hparams["normalize"] and self.hparams["input_mean"] is None:
-            if not hasattr(data, "channel_statistics"):
-                raise MisconfigurationException(
-                    "the data does not tell the scaling of the input: give input_mean and "
-                    "input_std, or normalize=False"
-                )
+        if stage == "fit" and self.hparams["normalize"] and self.hparams["input_mean"] is None:
             mean, std = data.channel_statistics
             self.mean.copy_(mean.view(3, 1, 1))
             self.std.copy_(std.view(3, 1, 1))
@@ -386,10 +376,7 @@ class ResNetModule(LightningModule):
         _, logits = self.shared_step(batch, self.val_metrics)
         return logits.float().softmax(dim=1)
 
-    def test_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the probabilities (N, num_classes), float32, which callbacks collect."""
-        _, logits = self.shared_step(batch, self.test_metrics)
-        return logits.float().softmax(dim=1)
+    test_step = validation_step
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, of a batch of images."""
@@ -412,7 +399,8 @@ class ResNetModule(LightningModule):
         self.log("step", float(self.current_epoch + 1))
 
     def on_test_epoch_end(self) -> None:
-        self.log_dict(self.test_metrics)
+        metrics = self.val_metrics.items(keep_base=True)
+        self.log_dict({f"test/{name}": metric for name, metric in metrics})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
@@ -420,11 +408,12 @@ class ResNetModule(LightningModule):
             return optimizer
         # From the command line it is a functools.partial with all options of the class.
         given = getattr(self.lr_scheduler, "keywords", {})
-        options: dict[str, Any] = {}
+        interval, options = self.hparams["lr_interval"], dict[str, Any]()
         if given.get("total_steps", 0) is None and given.get("epochs") is None:  # an open cycle
-            options["total_steps"] = self.scheduler_steps()
+            steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
+            options["total_steps"] = steps if interval == "step" else epochs
         scheduler: Any = self.lr_scheduler(optimizer, **options)
-        interval, monitor = self.hparams["lr_interval"], getattr(scheduler, "monitor", None)
+        monitor = getattr(scheduler, "monitor", None)
         # A validation metric, as ReduceLROnPlateau monitors it, is new after a validation only.
         with_validation = interval == "epoch" and str(monitor).startswith("val")
         return {
@@ -436,18 +425,6 @@ class ResNetModule(LightningModule):
                 "frequency": (with_validation and self.trainer.check_val_every_n_epoch) or 1,
             },
         }
-
-    def scheduler_steps(self) -> float:
-        """How often the scheduler steps in the whole run."""
-        by_step = self.hparams["lr_interval"] == "step"
-        trainer = self.trainer
-        total = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
-        if total in (None, -1, math.inf):
-            raise MisconfigurationException(
-                "lr_scheduler.total_steps is null, but the run has no end: give it or "
-                "--trainer.max_epochs"
-            )
-        return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names
@@ -470,11 +447,3 @@ class ResNetModule(LightningModule):
         num_classes = module.network.fc.out_features
         module.class_names = checkpoint["class_names"] or [str(i) for i in range(num_classes)]
         return module.eval()
-
-
-# The defaults are lambdas because jsonargparse reads options from the source of a lambda alone.
-# pickle finds a function by its name, which lambdas lack.
-default_optimizer = inspect.signature(ResNetModule).parameters["optimizer"].default
-default_optimizer.__qualname__ = "default_optimizer"
-default_lr_scheduler = inspect.signature(ResNetModule).parameters["lr_scheduler"].default
-default_lr_scheduler.__qualname__ = "default_lr_scheduler"

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -26,6 +24,7 @@ from cifar_resnet.images import evaluation_view
 from resnet_module import ResNet, ResNetModule
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
+GIVEN: dict[str, Any] = {"input_mean": (0.1, 0.2, 0.3), "input_std": (0.4, 0.5, 0.6)}
 
 
 def fit(module: ResNetModule, data: Any, folder: Path, epochs: int = 2, **options: Any) -> Trainer:
@@ -49,8 +48,16 @@ def history(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def small_data(root: Path) -> CIFARDataModule:
-    return CIFARDataModule(root, val_size=50, batch_size=64, eval_batch_size=32, seed=1)
+def small_data(root: Path, **options: Any) -> CIFARDataModule:
+    return CIFARDataModule(root, val_size=50, batch_size=64, eval_batch_size=32, seed=1, **options)
+
+
+def own_data(names: str) -> Any:
+    """Two images of each class, of a module that has nothing but class names beside them."""
+    images = TensorDataset(torch.rand(20, 3, 32, 32), torch.arange(20) % 10)
+    data: Any = LightningDataModule.from_datasets(images, images, batch_size=10)
+    data.class_names = [*np.array(list(names))]
+    return data
 
 
 def test_training_equals_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
@@ -130,19 +137,6 @@ def test_defaults_are_adam_and_a_third_every_20_epochs() -> None:
     assert rates == pytest.approx([1e-3 / 3 ** (epoch // 20) for epoch in range(80)])
 
 
-def test_a_pickled_module_keeps_its_weights_and_default_optimizer() -> None:
-    module = ResNetModule(**SMALL).eval()
-    again = pickle.loads(pickle.dumps(module))
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(again(images), module(images), rtol=0, atol=0)
-    config: Any = again.configure_optimizers()
-    optimizer, scheduler = config["optimizer"], config["lr_scheduler"]["scheduler"]
-    assert (type(optimizer), type(scheduler)) == (torch.optim.Adam, StepLR)
-    assert scheduler.get_last_lr() == [1e-3]
-    assert (scheduler.step_size, scheduler.gamma) == (20, pytest.approx(1 / 3))
-    assert optimizer.param_groups[0]["params"][0] is next(again.parameters())
-
-
 def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
     def optimizer(params: Any) -> SGD:
         return SGD(params, lr=0.5)
@@ -156,18 +150,19 @@ def test_any_scheduler_serves(cifar10: Path, tmp_path: Path) -> None:
     # Four steps of 64, 64, 64 and 8 images make an epoch.
     each_step = train("step", lr_scheduler=lambda o: StepLR(o, 1, gamma=0.5), lr_interval="step")
     assert each_step == [0.5, 0.5 / 2**4]
-    plateau = train(
-        "plateau",
-        epochs=3,
-        lr_scheduler=lambda o: ReduceLROnPlateau(
-            o, "val/loss", patience=0, cooldown=0, threshold=1e9, threshold_mode="abs"
-        ),
-    )
-    assert plateau == pytest.approx([0.5, 0.5, 0.05])
 
 
-def test_plateau_steps_when_its_metric_is_new(cifar10: Path, tmp_path: Path) -> None:
-    """Where not every epoch ends with a validation."""
+@pytest.mark.parametrize(
+    ("every_n_epochs", "expected"),
+    [
+        (1, [0.5, 0.5, 0.05]),
+        # After the second of three validations the loss is not better for the first time.
+        (2, [0.5, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005]),
+    ],
+)
+def test_plateau_steps_when_its_metric_is_new(
+    cifar10: Path, tmp_path: Path, every_n_epochs: int, expected: list[float]
+) -> None:
     module = ResNetModule(
         optimizer=lambda params: SGD(params, lr=0.5),
         lr_scheduler=lambda o: ReduceLROnPlateau(
@@ -175,10 +170,9 @@ def test_plateau_steps_when_its_metric_is_new(cifar10: Path, tmp_path: Path) -> 
         ),
         **SMALL,
     )
-    fit(module, small_data(cifar10), tmp_path, epochs=7, check_val_every_n_epoch=2)
-    rates = history(tmp_path, "lr")
-    # After the second of three validations the loss is not better for the first time.
-    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.05, 0.05, 0.005])
+    epochs, options = len(expected), {"check_val_every_n_epoch": every_n_epochs}
+    fit(module, small_data(cifar10), tmp_path, epochs, **options)
+    assert history(tmp_path, "lr") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +185,7 @@ def test_plateau_steps_when_its_metric_is_new(cifar10: Path, tmp_path: Path) -> 
         ("step", {"limit_train_batches": 0.5}),
         ("step", {"max_steps": 5}),
         ("step", {"overfit_batches": 1}),
+        ("step", {"epochs": -1, "max_steps": 5}),  # a run without epochs
     ],
 )
 def test_open_cycle_takes_the_whole_run(
@@ -198,35 +193,10 @@ def test_open_cycle_takes_the_whole_run(
 ) -> None:
     cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, cycle_momentum=False)
     module = ResNetModule(lr_scheduler=cycle, lr_interval=interval, **SMALL)
-    trainer = fit(module, small_data(cifar10), tmp_path, epochs=3, **options)
+    trainer = fit(module, small_data(cifar10), tmp_path, **{"epochs": 3} | options)
     scheduler = trainer.lr_scheduler_configs[0].scheduler
     assert isinstance(scheduler, OneCycleLR)
     assert scheduler.total_steps == (3 if interval == "epoch" else trainer.global_step)
-
-
-def test_open_cycle_takes_the_whole_run_of_other_data(tmp_path: Path) -> None:
-    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
-    module = ResNetModule(False, lr_scheduler=cycle, lr_interval="step", **SMALL)
-    images, labels = torch.zeros(30, 3, 32, 32), torch.zeros(30, dtype=torch.int64)
-    data = DataLoader(TensorDataset(images, labels), batch_size=8)
-    trainer = Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, logger=False)
-    trainer.fit(module, data)
-    assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 8
-
-
-def test_open_cycle_takes_the_steps_of_a_run_without_epochs(cifar10: Path, tmp_path: Path) -> None:
-    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None, cycle_momentum=False)
-    module = ResNetModule(lr_scheduler=cycle, lr_interval="step", **SMALL)
-    trainer = fit(module, small_data(cifar10), tmp_path, epochs=-1, max_steps=5)
-    assert trainer.lr_scheduler_configs[0].scheduler.total_steps == trainer.global_step == 5
-
-
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_cycle_of_an_endless_run_is_refused(cifar10: Path, tmp_path: Path, interval: Any) -> None:
-    cycle = partial(OneCycleLR, max_lr=0.1, total_steps=None)
-    module = ResNetModule(lr_scheduler=cycle, lr_interval=interval, **SMALL)
-    with pytest.raises(MisconfigurationException, match="the run has no end"):
-        fit(module, small_data(cifar10), tmp_path, epochs=-1)
 
 
 def test_checkpoint_is_plain_and_complete(cifar10: Path, tmp_path: Path) -> None:
@@ -251,10 +221,8 @@ def test_checkpoint_is_plain_and_complete(cifar10: Path, tmp_path: Path) -> None
 
 
 def test_checkpoint_of_ones_own_data_can_be_read(tmp_path: Path) -> None:
-    images, labels = torch.rand(20, 3, 32, 32), torch.arange(20) % 10
-    own: Any = LightningDataModule.from_datasets(TensorDataset(images, labels), batch_size=10)
-    own.class_names = [*np.array(list("abcdefghij"))]
-    for data in (own, DataLoader(TensorDataset(images, labels), batch_size=10)):
+    own = own_data("abcdefghij")
+    for data in (own, own.train_dataloader()):
         module = ResNetModule(input_mean=(0.5, 0.5, 0.5), input_std=(0.2, 0.2, 0.2), **SMALL)
         fit(module, data, tmp_path, epochs=1).save_checkpoint(tmp_path / "model.ckpt")
         checkpoint = read_checkpoint(tmp_path / "model.ckpt")
@@ -263,34 +231,36 @@ def test_checkpoint_of_ones_own_data_can_be_read(tmp_path: Path) -> None:
         assert names == list("abcdefghij" if data is own else "0123456789")
 
 
-def test_without_normalisation_the_network_sees_zero_to_one(cifar10: Path, tmp_path: Path) -> None:
-    module = ResNetModule(normalize=False, **SMALL)
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        ({"normalize": False}, (0, 0, 0), (1, 1, 1)),
+        (GIVEN, *GIVEN.values()),
+    ],
+)
+def test_scaling_that_is_not_the_datas(
+    cifar10: Path, tmp_path: Path, options: dict[str, Any], mean: Any, std: Any
+) -> None:
+    module = ResNetModule(**options, **SMALL)
     fit(module, small_data(cifar10), tmp_path, epochs=1)
-    module.eval()
     images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(module(images), module.network(images))
+    scaled = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(module.eval()(images), module.network(scaled))
 
 
-def test_scaling_without_a_data_module_is_asked_for(tmp_path: Path) -> None:
-    images = DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8)))
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
-    for data in (images, LightningDataModule.from_datasets(images.dataset)):
-        with pytest.raises(MisconfigurationException, match="give input_mean and input_std"):
-            trainer.fit(ResNetModule(**SMALL), data)
-
-
-def test_a_scaling_that_is_given_stays_in_training(cifar10: Path, tmp_path: Path) -> None:
-    module = ResNetModule(input_mean=(0.1, 0.2, 0.3), input_std=(0.4, 0.5, 0.6), **SMALL)
-    fit(module, small_data(cifar10), tmp_path, epochs=1)
-    assert module.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert module.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-
-
-def test_predictions_are_probabilities() -> None:
+def test_python_tests_and_predicts_any_loader(tmp_path: Path) -> None:
+    images, labels = torch.rand(25, 3, 32, 32), torch.arange(25) % 10
+    loader = DataLoader(TensorDataset(images, labels), batch_size=10)
     module = ResNetModule(**SMALL)
-    probabilities = module.predict_step((torch.rand(5, 3, 32, 32), torch.zeros(5)))
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
-    assert probabilities.shape == (5, 10)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    predicted: Any = trainer.predict(module, loader)
+    probabilities = torch.cat(predicted)
+    torch.testing.assert_close(probabilities, module.eval()(images).softmax(1))
+    (measured,) = trainer.test(module, loader, verbose=False)
+    assert measured == {
+        "test/loss": pytest.approx(float(F.nll_loss(probabilities.log(), labels)), rel=1e-5),
+        "test/acc": pytest.approx(float((probabilities.argmax(1) == labels).float().mean())),
+    }
 
 
 @pytest.mark.slow  # starts a compiler
@@ -326,6 +296,7 @@ def test_evaluation_is_not_compiled(
     assert set(trained) == {True}
 
 
+@pytest.mark.slow  # starts a compiler
 def test_module_compiled_as_a_whole_validates(cifar10: Path, tmp_path: Path) -> None:
     torch.compiler.reset()
     module = torch.compile(ResNetModule(**SMALL), backend="eager")
