@@ -274,7 +274,6 @@ class ResNetModule(LightningModule):
 
     mean: Tensor
     std: Tensor
-    example_input_array = torch.zeros(1, 3, 32, 32)  # the model summary counts FLOPs on it
 
     def __init__(
         self,
@@ -315,15 +314,12 @@ class ResNetModule(LightningModule):
         self.val_metrics = metrics.clone(prefix="val/")
 
     def setup(self, stage: str) -> None:
-        """Takes class names and, for `fit`, input scaling from the data."""
+        """Takes class names, the images' size and, for `fit`, input scaling from the data."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if names := [str(name) for name in getattr(data, "class_names", [])]:  # not NumPy's
-            if self.class_names not in ([], names):
-                raise UserError(
-                    f"the checkpoint was trained on the classes {self.class_names}, but the data "
-                    f"has {names}: use the data set that it was trained on"
-                )
-            self.class_names = names
+        names = [str(name) for name in getattr(data, "class_names", [])]  # not NumPy's
+        self.class_names = common_names(self.class_names, names)
+        side = getattr(data, "hparams", {}).get("image_size", 32)
+        self.example_input_array = torch.zeros(1, 3, side, side)  # the summary counts its FLOPs
         if stage == "fit" and self.hparams["normalize"] and self.hparams["input_mean"] is None:
             mean, std = data.channel_statistics
             self.mean.copy_(mean.view(3, 1, 1))
@@ -430,7 +426,8 @@ class ResNetModule(LightningModule):
         checkpoint["class_names"] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.class_names = checkpoint["class_names"]
+        # In `fit` Lightning loads it after `setup`: the data's names are here already.
+        self.class_names = common_names(checkpoint["class_names"], self.class_names)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ResNetModule":
@@ -447,3 +444,17 @@ class ResNetModule(LightningModule):
         num_classes = module.network.fc.out_features
         module.class_names = checkpoint["class_names"] or [str(i) for i in range(num_classes)]
         return module.eval()
+
+
+def common_names(trained: list[str], data: list[str]) -> list[str]:
+    """The class names of a checkpoint and of the data, either of which may lack them.
+
+    Raises:
+        UserError: If they differ: labels would mean other classes.
+    """
+    if trained and data and trained != data:
+        raise UserError(
+            f"the checkpoint was trained on the classes {trained}, but the data has {data}: use "
+            "the data set that it was trained on"
+        )
+    return trained or data

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,6 +22,7 @@ from cifar_datamodule import SEED_DISTANCE, CIFARDataModule
 from cifar_resnet.callbacks import CycleLengthCheck
 from cifar_resnet.checkpoint import read_checkpoint
 from cifar_resnet.images import evaluation_view
+from cifar_resnet.messages import UserError
 from resnet_module import ResNet, ResNetModule
 
 SMALL: dict[str, Any] = {"layers": (1, 1, 1), "width": 4}
@@ -261,6 +263,30 @@ def test_python_tests_and_predicts_any_loader(tmp_path: Path) -> None:
         "test/loss": pytest.approx(float(F.nll_loss(probabilities.log(), labels)), rel=1e-5),
         "test/acc": pytest.approx(float((probabilities.argmax(1) == labels).float().mean())),
     }
+
+
+@pytest.mark.parametrize("size", [32, 40])
+def test_summary_is_of_the_runs_images(cifar10: Path, tmp_path: Path, size: int) -> None:
+    module = ResNetModule(**SMALL)
+    fit(module, small_data(cifar10, image_size=size), tmp_path, epochs=1)
+    summary = ModelSummary(module)
+    assert dict(zip(summary.layer_names, summary.in_sizes, strict=True))["network"] == [
+        *(1, 3, size, size)
+    ]
+
+
+@pytest.mark.parametrize("way", ["fit", "validate"])
+def test_data_of_other_classes_are_refused(tmp_path: Path, way: str) -> None:
+    path, options = tmp_path / "model.ckpt", {"normalize": False, **SMALL}
+    trainer = fit(ResNetModule(**options), own_data("abcdefghij"), tmp_path, epochs=1)
+    trainer.save_checkpoint(path)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, logger=False)
+    run = {"fit": trainer.fit, "validate": trainer.validate}[way]
+    with pytest.raises(UserError, match=r"trained on the classes .*'i', 'j'.* has .*'j', 'i'"):
+        run(ResNetModule(**options), own_data("abcdefghji"), ckpt_path=path)
+    module = ResNetModule(**options)
+    run(module, own_data("abcdefghij"), ckpt_path=path)
+    assert module.class_names == list("abcdefghij")
 
 
 @pytest.mark.slow  # starts a compiler
