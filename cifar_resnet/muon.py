@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from cifar_resnet.messages import UserError
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 
 
@@ -32,7 +34,7 @@ class ConvMuon(SGD):
     orthogonalized momentum (kellerjordan.github.io/posts/muon). As in the code of airbench
     (github.com/KellerJordan/cifar10-airbench) a kernel's norm stays the root of its number of rows:
     the batch normalisation that follows cancels the norm, so that the learning rate is how much of
-    the kernel a step replaces. (In a `PreActBlock` none follows the second convolution.)
+    the kernel a step replaces. (In a preactivation block none follows the last convolution.)
     `torch.optim.Muon` takes matrices only.
 
     The first parameter group has the kernels, the second the rest: a scheduler may be given a rate
@@ -48,7 +50,7 @@ class ConvMuon(SGD):
         weight_decay: L2 penalty of the rest.
 
     Raises:
-        ValueError: If one of them is negative, or there are no steps.
+        UserError: If one of them is negative, or there are no steps.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class ConvMuon(SGD):
         sgd_momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        if muon_steps < 1 or sgd_lr < 0 or sgd_momentum < 0:  # SGD checks the others
-            raise ValueError(
+        # SGD checks the others. No types of jsonargparse: a checkpoint would hold them, as code.
+        if muon_steps < 1 or sgd_lr < 0 or sgd_momentum < 0:
+            raise UserError(
                 f"muon_steps is {muon_steps}, sgd_lr {sgd_lr}, sgd_momentum {sgd_momentum}: steps "
                 "must be 1 or more, rate and momentum 0 or more"
             )
