@@ -1,7 +1,7 @@
 """How accurate a recipe is: trains recipes with several seeds, tests each run, prints the table.
 
     python benchmarks/accuracy.py recipes/fast.yaml recipes/strong.yaml --seeds 0 1 2
-    python benchmarks/accuracy.py recipes/fast.yaml --seeds 0 -- --model.layers='[9,9,9]'
+    python benchmarks/accuracy.py recipes/fast.yaml --beside_original -- --data.val_size 0
     python benchmarks/accuracy.py              # trains nothing: the table of all results
 
 Options behind `--` go to `fit`. Each run adds a line to benchmarks/results/accuracy.jsonl and is
@@ -36,38 +36,33 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def train_py(*arguments: str) -> None:
-    """Runs a command of train.py; ends with its exit code if it fails."""
-    code = subprocess.run([sys.executable, str(PROJECT / "train.py"), *arguments]).returncode
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
-
-
-def fit(recipe: Path, seed: int, options: list[str], folder: Path, place: list[str]) -> Path:
-    """Trains a run, or resumes an interrupted one; returns the run's folder."""
-    from cifar_resnet.runs import find_checkpoint  # slow to import
-
-    logs = folder / "lightning_logs"
-    if list(logs.glob("*/checkpoints/last.ckpt")):
-        train_py("fit", "--ckpt", "last", *place)  # ends at once if the run is complete
-    else:
-        train_py("fit", "--config", str(recipe), *options, *place, "--seed_everything", str(seed))
-    return find_checkpoint("last", logs).parents[1]
+    """Runs a command of train.py."""
+    subprocess.run([sys.executable, str(PROJECT / "train.py"), *arguments], check=True)
 
 
 def measure(recipe: Path, seed: int, options: list[str], folder: Path, data_root: str) -> Row:
-    """Trains and tests one run in `folder`."""
+    """Trains a run in `folder`, or resumes an interrupted one, and tests it."""
     place = ["--trainer.default_root_dir", str(folder), "--data.root", data_root]
-    run = fit(recipe, seed, options, folder, place)
+    last = "lightning_logs/*/checkpoints/last.ckpt"
+    if list(folder.glob(last)):
+        train_py("fit", "--ckpt", "last", *place)  # ends at once if the run is complete
+    else:
+        train_py("fit", "--config", str(recipe), *options, *place, "--seed_everything", str(seed))
+    (checkpoint,) = folder.glob(last)
+    run = checkpoint.parents[1]
     row = describe(recipe.stem, seed, options, run) | {"val": None}
     config = yaml.safe_load((run / "config.yaml").read_text())
-    checkpoints = run / "checkpoints"
-    for name, verb in (("val", "validate"), ("test", "test")):
-        if name == "val" and config["data"]["val_size"] == 0:
-            continue
-        train_py(verb, "--ckpt", "best", "--mirror", *place)
-        report = json.loads((checkpoints / f"{verb}.json").read_text())
-        row[name] = round(100 * report["acc"], 2)
-    return row | {"test_mirrored": round(100 * report["acc_mirrored"], 2)}
+    if config["data"]["val_size"]:
+        row["val"] = evaluate("validate", run, place)["acc"]
+    report = evaluate("test", run, place)
+    return row | {"test": report["acc"], "test_mirrored": report["acc_mirrored"]}
+
+
+def evaluate(verb: str, run: Path, place: list[str]) -> dict[str, float]:
+    """Percent of the images that the best checkpoint gets right, also averaged with mirrored."""
+    train_py(verb, "--ckpt", "best", "--mirror", *place)
+    report = json.loads((run / "checkpoints" / f"{verb}.json").read_text())
+    return {name: round(100 * report[name], 2) for name in ("acc", "acc_mirrored")}
 
 
 def describe(recipe: str, seed: int, options: list[str], run: Path) -> Row:
@@ -84,6 +79,14 @@ def describe(recipe: str, seed: int, options: list[str], run: Path) -> Row:
         "dataset": first["data"]["dataset"],
         "seconds": round(ended - begun) if len(starts) == 1 else None,
     }
+
+
+def original_minutes(data_root: str) -> float:
+    """Minutes that the original script would take for its 80 epochs, by the speed of six turns."""
+    from speed import measure_sides  # slow to import
+
+    speed = measure_sides(["A"], data_root, rounds=6, batches=10, options=[])["A"]
+    return 80 * 50_000 / statistics.median(speed) / 60
 
 
 def spread(values: list[float]) -> str:
@@ -127,23 +130,19 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     )
     parser.add_argument("recipes", nargs="*", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--runs", type=Path, default=Path("accuracy_runs"), help="folder for the runs"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("accuracy_runs"), help="their folder")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of all results")
     parser.add_argument("--data.root", dest="data_root", default="data")
-    parsed = parser.parse_args(arguments[:end])
-    for recipe in parsed.recipes:
-        if not recipe.is_file():
-            parser.error(f"recipes is {str(recipe)!r}: there is no such file")
-    return parsed, arguments[end + 1 :]
+    beside = "before and after, time the original script: nothing else should run"
+    parser.add_argument("--beside_original", action="store_true", help=beside)
+    return parser.parse_args(arguments[:end]), arguments[end + 1 :]
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Ends the running command, too: subprocess.run kills it. Its checkpoints are whole.
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    # Ends the running command, too: subprocess.run kills it. Its checkpoints are whole.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments, options = parse_arguments(sys.argv[1:])
+    original = [original_minutes(arguments.data_root)] if arguments.beside_original else []
     for recipe in arguments.recipes:
         for seed in arguments.seeds:
             key = (recipe.stem, seed, " ".join(options))
@@ -159,6 +158,10 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
     for line in (HEADER, ("---",) * len(HEADER), *summarize(read_rows(arguments.results))):
         print(f"| {' | '.join(line)} |")
+    if original:
+        original.append(original_minutes(arguments.data_root))
+        minutes = " and ".join(f"{each:.0f}" for each in original)
+        print(f"80 epochs of the original script, timed before and after: {minutes} minutes here")
 
 
 if __name__ == "__main__":
