@@ -80,16 +80,20 @@ def per_image_loader(root: str, num_workers: int) -> DataLoader[Any]:
     return DataLoader(data, BATCH_SIZE, num_workers=num_workers, persistent_workers=num_workers > 0)
 
 
+def report(speed: float) -> None:
+    """Tells the process that gives the turns; a progress bar may stand in the line before."""
+    print(f"\n{SPEED}{speed}", flush=True)
+
+
 def take_turns(batches: int) -> Iterator[None]:
     """Yields before each training batch; waits for a turn and times it, every `batches` batches."""
-    print(f"{SPEED}0", flush=True)  # ready
+    report(0)  # ready
     while sys.stdin.readline():
         start = time.perf_counter()
         yield from itertools.repeat(None, batches)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        speed = batches * BATCH_SIZE / (time.perf_counter() - start)
-        print(f"\n{SPEED}{speed}", flush=True)  # a progress bar may stand in the line
+        report(batches * BATCH_SIZE / (time.perf_counter() - start))
     sys.exit()  # `speed.py` has ended
 
 
