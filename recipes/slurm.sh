@@ -3,7 +3,7 @@
 # next start resumes the run after the last whole epoch, until all epochs are done. So --time has to
 # be long enough for several epochs.
 #
-#   sbatch recipes/slurm.sh --config recipes/note.yaml    # with any options of train.py fit
+#   sbatch recipes/slurm.sh --config recipes/original.yaml    # with any options of train.py fit
 #
 # Tried with SLURM 22.05 and two processes on one machine without GPUs, not on several nodes.
 #SBATCH --nodes=2
