@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,6 +30,7 @@ from cifar_resnet.augment import (
 from cifar_resnet.checkpoint import known_options
 from cifar_resnet.datasets import HasValidation, ImageSource, LabelledImages, find_dataset
 from cifar_resnet.images import Evaluation, evaluation_view, resize
+from cifar_resnet.messages import UserError
 
 Batch = tuple[Tensor, Tensor, Tensor]
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
@@ -85,7 +85,7 @@ class CIFARDataModule(LightningDataModule):
             random, `reflect` does so with 2 pixels of its mirror image, `none` leaves it as it is.
         flip: Mirror training images left to right, each with probability 1/2.
         cutout: Side, in pixels, of a square of the training images' mean colour that hides a part
-            of each training image (DeVries and Taylor 2017), 0 to `image_size`. 0 hides nothing.
+            of each training image (DeVries and Taylor 2017). 0 hides nothing.
         evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
@@ -114,8 +114,6 @@ class CIFARDataModule(LightningDataModule):
         urls: list[str] | None = None,
     ) -> None:
         super().__init__()
-        if cutout > image_size:
-            raise ValueError(f"cutout is {cutout}: at most image_size, {image_size}, makes sense")
         root, dataset = str(root), str(dataset)  # a checkpoint with a Path is not plain data
         self.save_hyperparameters(ignore=["urls"], logger=False)
         self.root = Path(root).expanduser()
@@ -152,10 +150,10 @@ class CIFARDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Loads into memory what `stage` (fit, validate, test or predict) needs."""
         if stage in ("test", "predict"):
-            data = self._take(self._dataset.load(self.root, train=False))
+            data = self._record_and_resize(self._dataset.load(self.root, train=False))
             self.test_set = InMemoryDataset(data.images, data.labels)
             return
-        data, train, val = self._load_training()
+        data, train, val = self._load_and_split()
         self.val_set = InMemoryDataset(data.images[val], data.labels[val])
         if stage == "fit":
             images = data.images[train]
@@ -164,7 +162,7 @@ class CIFARDataModule(LightningDataModule):
             self.train_set = InMemoryDataset(canvases, data.labels[train])
             self.augment = Augmenter(self._augmentations(), len(train), self.hparams["seed"])
 
-    def _load_training(self) -> tuple[LabelledImages, Tensor, Tensor]:
+    def _load_and_split(self) -> tuple[LabelledImages, Tensor, Tensor]:
         """All images but the test's, and the positions of those that train and that validate."""
         dataset, val_size = self._dataset, self.hparams["val_size"]
         data = dataset.load(self.root, train=True)
@@ -172,16 +170,17 @@ class CIFARDataModule(LightningDataModule):
         if val_size and isinstance(dataset, HasValidation):
             own = dataset.load_val(self.root)
         if own is None:
-            return self._take(data), *split(data.labels, val_size)
+            return self._record_and_resize(data), *split(data.labels, val_size)
         rank_zero_info(
             f"{self.hparams['dataset']} has {len(own.labels):,} validation images of its own: "
             "data.val_size has no effect"
         )
         images, labels = (torch.cat(pair) for pair in zip(data[:2], own[:2], strict=True))
         train, val = torch.arange(len(labels)).split([len(data.labels), len(own.labels)])
-        return self._take(LabelledImages(images, labels, data.class_names)), train, val
+        data = LabelledImages(images, labels, data.class_names)
+        return self._record_and_resize(data), train, val
 
-    def _take(self, data: LabelledImages) -> LabelledImages:
+    def _record_and_resize(self, data: LabelledImages) -> LabelledImages:
         """Keeps the classes and the checksum of what was loaded; resizes the images."""
         self.class_names = data.class_names
         content = hashlib.sha256()
@@ -277,7 +276,7 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     """Positions of the training and of the validation images, the same share of each class.
 
     Raises:
-        MisconfigurationException: If the validation images cannot have that.
+        UserError: If the validation images cannot have that.
     """
     positions = np.arange(len(labels))
     if not val_size:
@@ -289,7 +288,7 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
             positions, test_size=val_size, stratify=labels.numpy(), random_state=SPLIT_SEED
         )
     except ValueError as error:
-        raise MisconfigurationException(
+        raise UserError(
             f"data.val_size is {val_size}, of {len(labels)} training images: {error}"
         ) from error
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAIN_IMAGES
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
@@ -23,6 +22,7 @@ from cifar_datamodule import SEED_DISTANCE, CIFARDataModule, mean_and_std
 from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip
 from cifar_resnet.datasets import DATASETS, Digits
 from cifar_resnet.images import evaluation_view
+from cifar_resnet.messages import UserError
 
 COUNTS = {"train": 6, "val": 3, "test": 2}  # images of each class in `pets`
 
@@ -378,7 +378,7 @@ def test_evaluation_batches_of_another_device_are_large(
 @pytest.mark.parametrize("val_size", [5, 246, 250, 5000])
 def test_impossible_val_size_is_refused(cifar10: Path, val_size: int) -> None:
     data = CIFARDataModule(str(cifar10), val_size=val_size)
-    with pytest.raises(MisconfigurationException, match=f"data.val_size is {val_size}, of 250"):
+    with pytest.raises(UserError, match=f"data.val_size is {val_size}, of 250"):
         data.setup("fit")
 
 
