@@ -1,18 +1,19 @@
 """The data: which images train, validate and test, how they are augmented and served.
 
 All images lie in memory as one uint8 tensor and are served as whole batches. What is random in an
-epoch (order, crops, flips) follows from the seed and the epoch alone, so that every run can be
-repeated.
+epoch (order, crops, flips, mixing) follows from the seed and the epoch alone, so that every run can
+be repeated.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,7 +23,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from cifar_resnet.augment import (
     Augmentation,
     Augmenter,
+    CutMix,
     Cutout,
+    MixUp,
+    MixUpOrCutMix,
     RandomCrop,
     RandomFlip,
     pad_or_resize,
@@ -62,8 +66,9 @@ class CIFARDataModule(LightningDataModule):
     """CIFAR-10, CIFAR-100, handwritten digits or one's own images, for a classifier.
 
     With a Trainer, batches reach the model as (images, labels): float32 (N, 3, H, W) in [0, 1] and
-    int64 (N,). Training images are shuffled and augmented anew in each epoch. Validation and test
-    images are neither, and each of them is counted exactly once, in any number of processes.
+    int64 (N,), or float32 (N, num_classes) where training images are mixed. Training images are
+    shuffled and augmented anew in each epoch. Validation and test images are neither, and each of
+    them is counted exactly once, in any number of processes.
 
     Args:
         root: Folder where the CIFAR archives lie, or are downloaded to.
@@ -86,6 +91,13 @@ class CIFARDataModule(LightningDataModule):
         flip: Mirror training images left to right, each with probability 1/2.
         cutout: Side, in pixels, of a square of the training images' mean colour that hides a part
             of each training image (DeVries and Taylor 2017). 0 hides nothing.
+        mixup: Blend each training image, and its label, with another one (Zhang et al. 2017):
+            alpha, as of Beta(alpha, alpha), which the shares follow. 0 blends nothing. With
+            `cutmix` as well, each batch goes through one of the two, chosen at random.
+        cutmix: Put a rectangle of another image into each training image, and blend their labels
+            by area (Yun et al. 2019): alpha, as of Beta(alpha, alpha). 0 leaves it out.
+        mix_until: Share of the run after which `mixup` and `cutmix` are off: with 0.9 the last
+            tenth of the Trainer's `max_epochs` goes without, rounded to whole epochs.
         evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
@@ -109,6 +121,9 @@ class CIFARDataModule(LightningDataModule):
         augmentation: Literal["zoom", "pad", "reflect", "none"] = "zoom",
         flip: bool = True,
         cutout: NonNegativeInt = 0,
+        mixup: NonNegativeFloat = 0.0,
+        cutmix: NonNegativeFloat = 0.0,
+        mix_until: ClosedUnitInterval = 1.0,
         evaluation: Literal["auto", "native", "zoom", "crop"] = "auto",
         seed: NonNegativeInt = 0,
         urls: list[str] | None = None,
@@ -160,7 +175,9 @@ class CIFARDataModule(LightningDataModule):
             self.channel_statistics = mean_and_std(images)
             canvases = pad_or_resize(images, self.hparams["augmentation"])
             self.train_set = InMemoryDataset(canvases, data.labels[train])
-            self.augment = Augmenter(self._augmentations(), len(train), self.hparams["seed"])
+            self.augment = Augmenter(
+                self._augmentations(), len(train), self.hparams["seed"], self._mix_epochs()
+            )
 
     def _load_and_split(self) -> tuple[LabelledImages, Tensor, Tensor]:
         """All images but the test's, and the positions of those that train and that validate."""
@@ -202,7 +219,25 @@ class CIFARDataModule(LightningDataModule):
         if side:
             colour = (self.channel_statistics[0] * 255).round().to(torch.uint8)
             augmentations.append(Cutout(side, size, colour))
+        mixup = MixUp(self.hparams["mixup"], len(self.class_names))
+        cutmix = CutMix(self.hparams["cutmix"], size, len(self.class_names))
+        if mixup.alpha and cutmix.alpha:
+            augmentations.append(MixUpOrCutMix(mixup, cutmix))
+        else:
+            augmentations += [mixing for mixing in (mixup, cutmix) if mixing.alpha]
         return augmentations
+
+    def _mix_epochs(self) -> float:
+        """Number of epochs in which batches are mixed."""
+        until = self.hparams["mix_until"]
+        if until == 1:
+            return math.inf
+        epochs = self.trainer.max_epochs if self.trainer else None
+        if epochs in (None, -1):
+            raise UserError(
+                f"data.mix_until is {until}, but the run has no end: give --trainer.max_epochs"
+            )
+        return round(until * epochs)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Lightning leaves this sampler alone and tells it the epoch, in any number of processes. It
@@ -253,7 +288,9 @@ class CIFARDataModule(LightningDataModule):
             return batch  # the module's example_input_array
         images, labels, positions = batch
         if self.trainer is not None and self.trainer.training:
-            return self.augment(images, positions, self.trainer.current_epoch) / 255, labels
+            epoch = self.trainer.current_epoch
+            images, labels = self.augment(images, labels, positions, epoch)
+            return images / 255, labels
         return evaluation_view(images / 255, self.evaluation), labels
 
     @classmethod

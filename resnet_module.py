@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from cifar_resnet.augment import dominant_labels
 from cifar_resnet.checkpoint import known_options, load_weights
 from cifar_resnet.messages import UserError
 
@@ -357,7 +358,7 @@ class ResNetModule(LightningModule):
         losses = self.losses(logits, labels)
         # The loss of each image, so that all count the same, whatever the size of their batch.
         metrics["loss"].update(losses.detach())
-        metrics["acc"].update(logits, labels)
+        metrics["acc"].update(logits, dominant_labels(labels))
         return losses, logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -182,9 +182,9 @@ def run_bare(root: str, batches: int, *_: str) -> None:
         for batch in data.train_dataloader():
             next(turns)
             images, labels, positions = (part.to(DEVICE, non_blocking=True) for part in batch)
-            images = data.augment(images, positions, epoch) / 255
+            images, labels = data.augment(images, labels, positions, epoch)
             with autocast:
-                loss = module.losses(module(images), labels).mean()
+                loss = module.losses(module(images / 255), labels).mean()
             train_step(loss, optimizer)
 
 

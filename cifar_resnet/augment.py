@@ -1,12 +1,14 @@
-"""What happens to images between memory and network: augmentation in training, zoom in evaluation.
+"""Random changes of training images and labels.
 
 Each augmentation is one small class: `draw` draws what is random for every image of an epoch,
-`apply` uses it on a batch. `CIFARDataModule` lists those that a run uses.
+`apply` uses it on a batch, and so does `apply_to_labels`, if there is one. `CIFARDataModule` lists
+those that a run uses.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +32,15 @@ class Augmentation(Protocol):
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
         """Changes uint8 images (N, C, H, W) by draws of shape (N,)."""
+        ...
+
+
+@runtime_checkable
+class ChangesLabels(Protocol):
+    """What an augmentation that mixes the images of a batch has besides."""
+
+    def apply_to_labels(self, labels: Tensor, draws: Draws) -> Tensor:
+        """Turns labels (N,) int64 into shares of the classes (N, C), float32, by the same draws."""
         ...
 
 
@@ -93,16 +104,90 @@ class Cutout:
         return {"row": torch.from_numpy(centres[0]), "column": torch.from_numpy(centres[1])}
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        rows, columns = self._covered(draws["row"]), self._covered(draws["column"])
-        square = rows[:, None, :, None] & columns[:, None, None, :]
+        square = squares(draws["row"], draws["column"], self.side, self.size)
         self.colour = self.colour.to(images.device)
         return torch.where(square, self.colour, images)
 
-    def _covered(self, centre: Tensor) -> Tensor:
-        """(N, size) bool: which rows, or columns, the squares with these centres cover."""
-        first = (centre - self.side // 2)[:, None]
-        pixel = torch.arange(self.size, device=centre.device)
-        return (pixel >= first) & (pixel < first + self.side)
+
+class MixUp:
+    """Blends each image with another, and their labels alike (Zhang et al. 2017, arXiv:1710.09412).
+
+    The other one is the image before it in the batch; for the first, the last. As in torchvision's
+    v2.MixUp a whole batch has one share: the one that was drawn for its first image.
+
+    Args:
+        alpha: An image's own share follows Beta(alpha, alpha).
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, alpha: float, num_classes: int) -> None:
+        self.alpha = alpha
+        self.num_classes = num_classes
+
+    def draw(self, rng: np.random.Generator, count: int) -> Draws:
+        return {"share": torch.from_numpy(rng.beta(self.alpha, self.alpha, count)).float()}
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        return blend(images, draws["share"][0]).round().to(torch.uint8)
+
+    def apply_to_labels(self, labels: Tensor, draws: Draws) -> Tensor:
+        return blend(F.one_hot(labels, self.num_classes), draws["share"][0])
+
+
+class CutMix:
+    """Puts a rectangle of another image into each image (Yun et al. 2019, arXiv:1905.04899).
+
+    Their labels are blended by area. Which image, and whose draws, is as in `MixUp`. The rectangle
+    is a square whose centre is anywhere in the image, without the parts that lie outside.
+
+    Args:
+        alpha: The share that is kept of an image around a whole square follows Beta(alpha, alpha).
+        size: Side of the images, in pixels.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, alpha: float, size: int, num_classes: int) -> None:
+        self.alpha = alpha
+        self.size = size
+        self.num_classes = num_classes
+
+    def draw(self, rng: np.random.Generator, count: int) -> Draws:
+        kept = torch.from_numpy(rng.beta(self.alpha, self.alpha, count)).float()
+        centres = torch.from_numpy(rng.integers(0, self.size, size=(2, count)))
+        return {"kept": kept, "row": centres[0], "column": centres[1]}
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        return torch.where(self._square(draws), images.roll(1, 0), images)
+
+    def apply_to_labels(self, labels: Tensor, draws: Draws) -> Tensor:
+        share = 1 - self._square(draws).float().mean()
+        return blend(F.one_hot(labels, self.num_classes), share)
+
+    def _square(self, draws: Draws) -> Tensor:
+        """(1, 1, size, size) bool: the pixels that are another image's."""
+        kept, row, column = (draws[name][:1] for name in ("kept", "row", "column"))
+        half = ((1 - kept).sqrt() * self.size / 2).long()
+        return squares(row, column, 2 * half, self.size)
+
+
+class MixUpOrCutMix:
+    """Applies one of the two to each batch, with probability 1/2."""
+
+    def __init__(self, mixup: MixUp, cutmix: CutMix) -> None:
+        self.mixup = mixup
+        self.cutmix = cutmix
+
+    def draw(self, rng: np.random.Generator, count: int) -> Draws:
+        is_mixup = torch.from_numpy(rng.random(count) < 0.5)
+        return {"is_mixup": is_mixup, **self.mixup.draw(rng, count), **self.cutmix.draw(rng, count)}
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        mixup, cutmix = (m.apply(images, draws) for m in (self.mixup, self.cutmix))
+        return torch.where(draws["is_mixup"][0], mixup, cutmix)
+
+    def apply_to_labels(self, labels: Tensor, draws: Draws) -> Tensor:
+        mixup, cutmix = (m.apply_to_labels(labels, draws) for m in (self.mixup, self.cutmix))
+        return torch.where(draws["is_mixup"][0], mixup, cutmix)
 
 
 class Augmenter:
@@ -110,18 +195,26 @@ class Augmenter:
 
     What is random follows from the seed, the epoch and the image's position in the training set
     alone. Each augmentation has a random generator of its own, so that adding or removing one never
-    changes the others.
+    changes the others. Whom an image is mixed with follows from its batch.
 
     Args:
         augmentations: At most one of each class.
         count: Number of training images.
         seed: 0 or more.
+        mix_epochs: Number of epochs after which those that change labels are left out.
     """
 
-    def __init__(self, augmentations: Sequence[Augmentation], count: int, seed: int) -> None:
+    def __init__(
+        self,
+        augmentations: Sequence[Augmentation],
+        count: int,
+        seed: int,
+        mix_epochs: float = math.inf,
+    ) -> None:
         self.augmentations = augmentations
         self.count = count
         self.seed = seed
+        self.mix_epochs = mix_epochs
         self._epoch = -1
         self._draws: list[Draws] = []
 
@@ -135,8 +228,20 @@ class Augmenter:
             for name, augmentation in zip(names, self.augmentations, strict=True)
         ]
 
-    def __call__(self, images: Tensor, positions: Tensor, epoch: int) -> Tensor:
-        """Augments the training images (N, C, H, W) uint8 with these positions (N,) int64."""
+    def __call__(
+        self, images: Tensor, labels: Tensor, positions: Tensor, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Augments a batch of training images.
+
+        Args:
+            images: (N, C, H, W) uint8.
+            labels: (N,) int64.
+            positions: (N,) int64, of the images in the training set.
+            epoch: 0 or more.
+
+        Returns:
+            Images (N, C, H, W) uint8 and labels: (N,) int64 or, if mixed, (N, classes) float32.
+        """
         if epoch != self._epoch:
             self._epoch = epoch
             self._draws = [
@@ -144,8 +249,40 @@ class Augmenter:
                 for draws in self.draw(epoch)
             ]
         for augmentation, draws in zip(self.augmentations, self._draws, strict=True):
-            images = augmentation.apply(images, {n: value[positions] for n, value in draws.items()})
-        return images
+            drawn = {name: value[positions] for name, value in draws.items()}
+            if isinstance(augmentation, ChangesLabels):
+                if epoch >= self.mix_epochs:
+                    continue
+                labels = augmentation.apply_to_labels(labels, drawn)
+            images = augmentation.apply(images, drawn)
+        return images, labels
+
+
+def squares(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tensor:
+    """(N, 1, size, size) bool: the pixels that a square in each image covers.
+
+    Args:
+        row: Of the squares' centres, (N,) int64.
+        column: Likewise.
+        side: Of the squares, one for all or (N,) int64.
+        size: Side of the images.
+    """
+    pixel = torch.arange(size, device=row.device)
+    rows, columns = (
+        (pixel >= first[:, None]) & (pixel < (first + side)[:, None])
+        for first in (row - side // 2, column - side // 2)
+    )
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def blend(batch: Tensor, share: Tensor) -> Tensor:
+    """`share` () of each element of a batch (N, ...) and the rest of the one before it; float32."""
+    return batch * share + batch.roll(1, 0) * (1 - share)
+
+
+def dominant_labels(labels: Tensor) -> Tensor:
+    """The class with the largest share in mixed labels (N, C); other labels (N,) unchanged."""
+    return labels.argmax(dim=1) if labels.is_floating_point() else labels
 
 
 def pad_or_resize(images: Tensor, augmentation: str) -> Tensor:

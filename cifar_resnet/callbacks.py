@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cifar_resnet.augment import dominant_labels
 from cifar_resnet.checkpoint import model_checkpoints
 from cifar_resnet.figures import FIGURES, PredictedImages, curves_figure, image_grid, to_png
 from cifar_resnet.files import atomic_write
@@ -322,7 +323,7 @@ class TensorBoardImages(PredictionCollector):
             return
         self.batch_shown = True
         images, labels = (part[:SHOWN].cpu() for part in batch)
-        captions = [pl_module.class_names[label] for label in labels]
+        captions = [pl_module.class_names[label] for label in dominant_labels(labels)]
         title = f"Training images as the network sees them in epoch {trainer.current_epoch + 1}"
         figure = image_grid((images * 255).round().to(torch.uint8), captions, title)
         writer.add_figure("augmented batch", figure, trainer.current_epoch)

@@ -19,7 +19,6 @@ from torchvision.transforms import functional as tv
 
 import cifar_datamodule
 from cifar_datamodule import SEED_DISTANCE, CIFARDataModule, mean_and_std
-from cifar_resnet.augment import Augmenter, Cutout, RandomCrop, RandomFlip
 from cifar_resnet.datasets import DATASETS, Digits
 from cifar_resnet.images import evaluation_view
 from cifar_resnet.messages import UserError
@@ -119,22 +118,39 @@ def test_augmented_images_equal_torchvisions(cifar10: Path, augmentation: Any, c
     assert torch.equal(shown, torch.stack(expected))
 
 
-def test_draws_cover_all_values_evenly() -> None:
-    augmenter = Augmenter([RandomCrop(8, 32), RandomFlip(), Cutout(4, 32, torch.zeros(3))], 4000, 0)
-    draws = {name: v for draw in augmenter.draw(0) for name, v in draw.items()}
-    for name, values in {"top": 9, "left": 9, "flip": 2, "row": 32, "column": 32}.items():
-        counts = draws[name].long().bincount()
-        assert len(counts) == values, name
-        assert counts.min() > 0.7 * 4000 / values, name
-    assert not torch.equal(draws["top"], draws["left"])
+MIXING = {"mixup": 0.4, "cutmix": 1.0}
 
 
-def test_an_augmentation_does_not_change_the_others() -> None:
-    alone = Augmenter([RandomFlip()], 100, seed=5)
-    among = Augmenter([RandomCrop(8, 32), Cutout(4, 32, torch.zeros(3)), RandomFlip()], 100, seed=5)
-    assert torch.equal(alone.draw(3)[0]["flip"], among.draw(3)[2]["flip"])
-    for other in (Augmenter([RandomFlip()], 100, seed=6).draw(3), alone.draw(4)):
-        assert not torch.equal(alone.draw(3)[0]["flip"], other[0]["flip"])
+def test_batches_of_a_resumed_run_are_mixed_as_they_would_have_been(
+    cifar10: Path, tmp_path: Path
+) -> None:
+    def data() -> CIFARDataModule:
+        return CIFARDataModule(str(cifar10), val_size=50, batch_size=64, **MIXING)
+
+    whole = fit(data(), epochs=2).seen["train"][4:]
+    first, resumed, again = trainer(1), trainer(2), Recorder()
+    first.fit(Recorder(), data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    resumed.fit(again, data(), ckpt_path=tmp_path / "first.ckpt")
+    assert torch.equal(all_of(again.seen["train"])[0], all_of(whole)[0])
+    assert torch.equal(all_of(again.seen["train"])[1], all_of(whole)[1])
+    assert [labels.shape for _, labels in whole] == [(64, 10)] * 3 + [(8, 10)]
+
+
+def test_mixing_ends_after_its_share_of_the_run(cifar10: Path) -> None:
+    def batches(**options: Any) -> list[tuple[Tensor, Tensor]]:
+        data = CIFARDataModule(str(cifar10), val_size=50, batch_size=100, **options)
+        return fit(data, epochs=3).seen["train"]
+
+    plain, mixed = batches(), batches(**MIXING, mix_until=0.7)
+    assert [labels.dim() for _, labels in mixed] == [2, 2, 2, 2, 1, 1]
+    assert not torch.equal(mixed[0][0], plain[0][0])
+    for part in (0, 1):
+        assert torch.equal(mixed[4][part], plain[4][part])
+    data = CIFARDataModule(str(cifar10), val_size=50, mixup=1.0, mix_until=0.7)
+    data.trainer = trainer(epochs=-1)
+    with pytest.raises(UserError, match=r"mix_until is 0\.7, but the run has no end"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +197,8 @@ def test_every_training_image_once_per_epoch_in_a_new_order(cifar10: Path) -> No
     def contents(images: Tensor) -> list[bytes]:
         return [image.numpy().tobytes() for image in images.contiguous()]
 
-    held_out, _ = all_of(seen["val"][:1])
+    (held_out, _), (again, _) = seen["val"]
+    assert torch.equal(held_out, again)
     assert set(contents(first)) == set(contents(second))
     assert len(set(contents(first))) == 200
     everything = contents(native_images(cifar10) / 255)
@@ -221,12 +238,6 @@ def test_validation_split_is_stratified_and_the_same_for_every_seed(cifar10: Pat
     assert torch.equal(*splits)
     data.setup("validate")
     assert torch.equal(data.val_set.images, splits[0])
-
-
-def test_validation_images_are_the_same_in_every_epoch(cifar10: Path) -> None:
-    batches = fit(CIFARDataModule(str(cifar10), val_size=50), epochs=2).seen["val"]
-    assert torch.equal(batches[0][0], batches[1][0])
-    assert batches[0][0].shape == (50, 3, 40, 40)
 
 
 def test_without_validation_all_images_train(cifar10: Path) -> None:

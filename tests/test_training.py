@@ -88,7 +88,8 @@ def test_training_equals_a_plain_loop(cifar10: Path, tmp_path: Path) -> None:
         network.train()
         for positions in order.split(64):
             images, labels, _ = data.train_set.__getitems__(positions.tolist())
-            images = (data.augment(images, positions, epoch) / 255).double()
+            images, labels = data.augment(images, labels, positions, epoch)
+            images = (images / 255).double()
             logits = network((images - mean) / std)
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
