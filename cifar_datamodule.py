@@ -32,7 +32,13 @@ from cifar_resnet.augment import (
     pad_or_resize,
 )
 from cifar_resnet.checkpoint import known_options
-from cifar_resnet.datasets import HasValidation, ImageSource, LabelledImages, find_dataset
+from cifar_resnet.datasets import (
+    DatasetName,
+    HasValidation,
+    ImageSource,
+    LabelledImages,
+    find_dataset,
+)
 from cifar_resnet.images import Evaluation, evaluation_view, resize
 from cifar_resnet.messages import UserError
 
@@ -71,11 +77,10 @@ class CIFARDataModule(LightningDataModule):
     them is counted exactly once, in any number of processes.
 
     Args:
-        root: Folder where the CIFAR archives lie, or are downloaded to.
-        dataset: `cifar10`, `cifar100`, `digits` (1,797 handwritten digits that come with
-            scikit-learn: nothing to download) or the path of a folder of one's own images,
-            sorted into `train/<class>/` and `test/<class>/`, and into `val/<class>/` if it has
-            validation images of its own.
+        root: Folder where downloaded data lie.
+        dataset: One of the names (`digits` come with scikit-learn, without a download), or the path
+            of a folder of one's own images, sorted into `train/<class>/` and `test/<class>/`, and
+            into `val/<class>/` if it has validation images of its own.
         batch_size: Training images per batch, in each process.
         eval_batch_size: Validation and test images per batch, in each process. By default 1,000
             on a GPU, or fewer if they are larger than 32×32, and 100 on a CPU, whose caches hold
@@ -102,7 +107,7 @@ class CIFARDataModule(LightningDataModule):
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
         seed: Decides the order and the augmentation of the training images.
-        urls: Mirrors of the CIFAR archive, tried before the known ones. What they send is held
+        urls: Addresses of the data set's files, tried before the known ones. What they send is held
             against the same checksum. No part of a checkpoint.
     """
 
@@ -113,7 +118,7 @@ class CIFARDataModule(LightningDataModule):
     def __init__(
         self,
         root: str = "data",
-        dataset: str = "cifar10",
+        dataset: DatasetName = "cifar10",
         batch_size: PositiveInt = 100,
         eval_batch_size: PositiveInt | None = None,
         val_size: NonNegativeInt = 5000,

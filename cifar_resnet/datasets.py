@@ -1,8 +1,9 @@
-"""Where images come from: CIFAR, scikit-learn's digits, folders of images, single files.
+"""Where images come from: CIFAR, SVHN, Fashion-MNIST, scikit-learn's digits, image folders.
 
 To add a data set, write a class that fits the protocol `ImageSource` and add a line to `DATASETS`.
 """
 
+import gzip
 import os
 import shutil
 import sys
@@ -11,19 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pooch
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchvision import datasets as torchvision_datasets
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity
 
 from cifar_resnet.images import is_image, read_square, resize
+from cifar_resnet.messages import UserError
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte after which the next address is tried
 SPLIT_SEED = 0  # of the digits: fixed, so that every run is tested on the same images
@@ -38,15 +41,18 @@ class LabelledImages(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """What the data module needs of a data set."""
+    """What the data module needs of a data set.
+
+    Its methods raise `UserError` for what a user can mend, and let the system's `OSError` pass.
+    """
 
     @property
     def num_classes(self) -> int: ...
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
-        """Makes sure that the files are in `root`, by a download if necessary.
+        """Makes sure that the files are in `root`, by a `download` if necessary.
 
-        `urls` are addresses to try before the data set's own.
+        `urls` are the user's addresses of files, to be tried before the data set's own.
         """
         ...
 
@@ -62,6 +68,78 @@ class HasValidation(Protocol):
     def load_val(self, root: Path) -> LabelledImages | None:
         """Reads the validation images, of the training images' size; None if there are none."""
         ...
+
+
+def download(file: Path, md5: str | None, urls: Sequence[str]) -> None:
+    """Downloads a file from the first address that has it, unless it is there, and verifies it.
+
+    Several processes download it once.
+
+    Args:
+        file: Where it goes; the addresses need not have its name.
+        md5: Of its content.
+        urls: Addresses, in the order in which they are tried.
+
+    Raises:
+        UserError: If no address has it.
+        OSError: If it cannot be written.
+    """
+    if check_integrity(file, md5):
+        return
+    pooch.get_logger().setLevel("WARNING")
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(),
+        timeout=DOWNLOAD_TIMEOUT,
+        headers={"User-Agent": "cifar-resnet"},  # Zenodo may refuse that of requests
+    )
+    failures = []
+    with acquire_lock(file):
+        for url in urls:
+            try:
+                # Does nothing if another process was faster.
+                pooch.retrieve(url, f"md5:{md5}", file.name, file.parent, downloader=downloader)
+                return
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno:  # the disk's: requests' have none
+                    raise
+                failures.append(f"{url}: {first_cause(error)}")
+    raise UserError(
+        f"{file} is missing or damaged, and not available ({'; '.join(failures)}): put it there, "
+        "give a mirror with --data.urls, or try the digits, which need no download: "
+        "python train.py fit --config recipes/digits.yaml"
+    )
+
+
+def acquire_lock(file: Path) -> AbstractContextManager[object]:
+    """Locks out other processes until the end of the `with` block; reports if it has to wait."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{file}.lock")
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        print(f"Waiting for another process, which holds {file}.lock", file=sys.stderr)
+        return lock.acquire()
+
+
+def first_cause(error: BaseException) -> str:
+    """The error behind those of requests and urllib3, in one short line."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    reason = getattr(error, "strerror", None) or str(error).split(": ")[0]
+    return " ".join(reason.split())
+
+
+def mirrors(urls: Sequence[str], *names: str) -> dict[str, list[str]]:
+    """The user's addresses of each of the files that a data set downloads, by their names.
+
+    Raises:
+        UserError: If one of them is of none of these files: it would be passed over.
+    """
+    for url in urls:
+        if not url.endswith(names):
+            known = " or ".join(names) or "none, as this data set is not downloaded"
+            raise UserError(f"data.urls has {url!r}: the data set needs {known}")
+    return {name: [url for url in urls if url.endswith(name)] for name in names}
 
 
 @dataclass(frozen=True)
@@ -83,93 +161,82 @@ class CIFAR:
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
         """Downloads the archive, unless it is in `root`, and unpacks it.
 
-        Writes nothing if all files are there. Several processes download it once.
-
-        Raises:
-            OSError: If no address has the archive, or `root` cannot be written.
+        Writes nothing if all files are there.
         """
-        if not self._bad_file(root):
+        name = self.source.filename
+        own = mirrors(urls, name)[name]
+        if self._is_complete(root):
             return
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with acquire_lock(root / f"{self.source.filename}.lock"):
-                if self._bad_file(root):  # else another process was faster
-                    self._download(root, urls)
-                    shutil.unpack_archive(root / self.source.filename, root, filter="data")
-        except OSError as error:
-            if error.errno is None:  # the message of _download
-                raise
-            raise OSError(
-                f"{self.source.__name__} cannot be written to {str(root)!r} ({error.strerror}): "
-                "give another folder with --data.root"
-            ) from error
-
-    def _download(self, root: Path, urls: Sequence[str]) -> None:
-        pooch.get_logger().setLevel("WARNING")
-        downloader = pooch.HTTPDownloader(
-            progressbar=sys.stderr.isatty(),
-            timeout=DOWNLOAD_TIMEOUT,
-            headers={"User-Agent": "cifar-resnet"},  # Zenodo may refuse that of requests
-        )
-        name, md5, failures = self.source.filename, f"md5:{self.source.tgz_md5}", []
-        for url in (*urls, *self.mirrors, self.source.url):
-            try:
-                pooch.retrieve(url, md5, fname=name, path=root, downloader=downloader)
-                return
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno:  # the disk's: requests' have none
-                    raise
-                failures.append(f"{url}: {first_cause(error)}")
-        raise FileNotFoundError(self._unavailable(root, *failures))
+        archive = root / name
+        download(archive, self.source.tgz_md5, [*own, *self.mirrors, self.source.url])
+        with acquire_lock(archive):
+            if not self._is_complete(root):  # else another process was faster
+                shutil.unpack_archive(archive, root, filter="data")
 
     def load(self, root: Path, train: bool) -> LabelledImages:
-        """Reads the training or the test images.
-
-        Raises:
-            MisconfigurationException: If a file is missing or has a wrong checksum.
-        """
-        try:
-            data = self.source(root, train=train)
-        except RuntimeError as error:
-            raise MisconfigurationException(self._unavailable(root)) from error
+        data = self.source(root, train=train)
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
         return LabelledImages(images, torch.tensor(data.targets), data.classes)
 
-    def _bad_file(self, root: Path) -> Path | None:
-        """The first file that is missing or has a wrong checksum."""
+    def _is_complete(self, root: Path) -> bool:
+        """Whether all files are there, each with its checksum."""
         meta = (self.source.meta["filename"], self.source.meta["md5"])
-        for name, md5 in (*self.source.train_list, *self.source.test_list, meta):
-            path = root / self.source.base_folder / name
-            if not check_integrity(path, md5):
-                return path
-        return None
-
-    def _unavailable(self, root: Path, *failures: str) -> str:
-        reasons = "; ".join((f"{self._bad_file(root)} is missing or damaged", *failures))
-        return (
-            f"{self.source.__name__} is not available in {str(root)!r} ({reasons}): put "
-            f"{self.source.filename} or its folder {self.source.base_folder}/ there, give a "
-            "mirror with --data.urls, or try the digits, which need no download: "
-            "python train.py fit --config recipes/digits.yaml"
-        )
+        files = (*self.source.train_list, *self.source.test_list, meta)
+        folder = root / self.source.base_folder
+        return all(check_integrity(folder / name, md5) for name, md5 in files)
 
 
-def acquire_lock(path: Path) -> AbstractContextManager[object]:
-    """Locks out other processes until the end of the `with` block; reports if it has to wait."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(blocking=False)
-    except Timeout:
-        print(f"Waiting for another process, which holds {path}", file=sys.stderr)
-        return lock.acquire()
+class SVHN:
+    """House numbers (Netzer et al. 2011): 73,257 training and 26,032 test digits, 32 × 32 pixels.
+
+    torchvision verifies the files' checksums before it reads them.
+    """
+
+    num_classes = 10
+    source = torchvision_datasets.SVHN
+
+    def prepare(self, root: Path, urls: Sequence[str]) -> None:
+        files = [self.source.split_list[split] for split in ("train", "test")]
+        own = mirrors(urls, *(name for _, name, _ in files))
+        for url, name, md5 in files:
+            download(root / name, md5, [*own[name], url])
+
+    def load(self, root: Path, train: bool) -> LabelledImages:
+        data = self.source(root, "train" if train else "test")
+        images, labels = torch.from_numpy(data.data), torch.from_numpy(data.labels)
+        return LabelledImages(images, labels, [str(digit) for digit in range(10)])
 
 
-def first_cause(error: BaseException) -> str:
-    """The error behind those of requests and urllib3, in one short line."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    reason = getattr(error, "strerror", None) or str(error).split(": ")[0]
-    return " ".join(reason.split())
+class FashionMNIST:
+    """Zalando's articles (Xiao et al. 2017, arXiv:1708.07747): 60,000 training and 10,000 test.
+
+    They are 28 × 28 pixels in grey; two black pixels on each side make them 32 × 32.
+    """
+
+    num_classes = 10
+    source = torchvision_datasets.FashionMNIST
+
+    def prepare(self, root: Path, urls: Sequence[str]) -> None:
+        own = mirrors(urls, *(name for name, _ in self.source.resources))
+        for name, md5 in self.source.resources:
+            known = [f"{mirror}{name}" for mirror in self.source.mirrors]
+            download(self._file(root, name), md5, [*own[name], *known])
+
+    def load(self, root: Path, train: bool) -> LabelledImages:
+        part = "train" if train else "t10k"
+        pixels = self._read(root, f"{part}-images-idx3-ubyte.gz", header=16)
+        grey = F.pad(pixels.view(-1, 1, 28, 28), [2] * 4)
+        labels = self._read(root, f"{part}-labels-idx1-ubyte.gz", header=8)
+        images = grey.expand(-1, 3, -1, -1).contiguous()
+        return LabelledImages(images, labels.long(), list(self.source.classes))
+
+    def _file(self, root: Path, name: str) -> Path:
+        return root / "FashionMNIST" / "raw" / name  # where torchvision has it
+
+    def _read(self, root: Path, name: str, header: int) -> Tensor:
+        """The bytes of a file behind its header, (N,) uint8."""
+        content = gzip.decompress(self._file(root, name).read_bytes())
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
 
 
 class Digits:
@@ -181,7 +248,7 @@ class Digits:
     num_classes = 10
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
-        """scikit-learn comes with them: there is nothing to download."""
+        mirrors(urls)  # scikit-learn comes with the digits
 
     def load(self, root: Path, train: bool) -> LabelledImages:
         from sklearn.datasets import load_digits
@@ -217,22 +284,13 @@ class ImageFolderDataset:
         return len(self._class_names())
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
-        """Checks that all parts have images of the same classes, at least two.
-
-        Raises:
-            FileNotFoundError: If a folder is missing, or a class has no images in one of them.
-            MisconfigurationException: If the classes differ, or there is only one.
-        """
+        """Checks that all parts have images of the same classes, at least two."""
+        mirrors(urls)
         for part in self._parts():
             self._samples(part)
 
     def load(self, root: Path, train: bool) -> LabelledImages:
-        """Reads the images in torchvision's order.
-
-        Raises:
-            FileNotFoundError: If a class has no images.
-            MisconfigurationException: If a file cannot be read; names the first.
-        """
+        """Reads the images in torchvision's order."""
         return self._read("train" if train else "test")
 
     def load_val(self, root: Path) -> LabelledImages | None:
@@ -241,25 +299,17 @@ class ImageFolderDataset:
 
     def _read(self, part: str) -> LabelledImages:
         files, labels = zip(*self._samples(part), strict=True)
-        try:
-            with ThreadPoolExecutor() as pool:
-                images = list(pool.map(lambda file: read_square(file, self.image_size), files))
-        except ValueError as error:
-            raise MisconfigurationException(f"{error}: replace or remove it") from error
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(lambda file: read_square(file, self.image_size), files))
         return LabelledImages(torch.stack(images), torch.tensor(labels), self._class_names())
 
     def _samples(self, part: str) -> list[tuple[str, int]]:
         """The image files of a part, each with its label."""
         folder = self.folder / part
         labels = {name: label for label, name in enumerate(self._class_names())}
-        try:
-            return make_dataset(
-                folder,
-                labels,
-                is_valid_file=lambda file: is_image(Path(file).relative_to(folder)),
-            )
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder}: {error}") from error
+        return make_dataset(
+            folder, labels, is_valid_file=lambda file: is_image(Path(file).relative_to(folder))
+        )
 
     def _class_names(self) -> list[str]:
         classes = {
@@ -269,32 +319,19 @@ class ImageFolderDataset:
         names = classes["train"]
         for part, others in classes.items():
             if different := sorted(set(names) ^ set(others)):
-                raise MisconfigurationException(
+                raise UserError(
                     f"{self.folder} must have the same classes in train/ and {part}/, "
                     f"but only one of them has {', '.join(different)}"
                 )
-        for name in names:
-            if name != name.encode(errors="replace").decode():  # figures and TensorBoard fail at it
-                raise MisconfigurationException(
-                    f"{self.folder}: the class name {name!a} is not UTF-8: rename the folder"
-                )
         if len(names) < 2:
-            raise MisconfigurationException(
+            raise UserError(
                 f"{self.folder} has the classes {names}: a classifier needs at least two"
             )
         return names
 
     def _parts(self) -> list[str]:
-        parts = ["train", "test"]
-        if os.path.lexists(self.folder / "val"):  # a broken link is an error, too
-            parts.append("val")
-        for path in (self.folder / part for part in parts):
-            if not path.is_dir():
-                raise FileNotFoundError(
-                    f"dataset is {str(self.folder)!r}, but there is no folder {path}: "
-                    f"put images into {path}/<class>/"
-                )
-        return parts
+        has_val = os.path.lexists(self.folder / "val")  # a broken link is to be noticed
+        return ["train", "test", "val"] if has_val else ["train", "test"]
 
 
 DATASETS: dict[str, ImageSource] = {
@@ -308,21 +345,27 @@ DATASETS: dict[str, ImageSource] = {
         ),
     ),
     "cifar100": CIFAR(CIFAR100, num_classes=100),
+    "svhn": SVHN(),
+    "fashion_mnist": FashionMNIST(),
     "digits": Digits(),
 }
+if TYPE_CHECKING:
+    DatasetName = str
+else:  # the help lists the names; any other is a folder's
+    DatasetName = Literal[*DATASETS] | str
 
 
 def find_dataset(name: str, image_size: int) -> ImageSource:
     """The data set with this name in `DATASETS`, or else the folder of images at this path.
 
     Raises:
-        ValueError: If there is neither.
+        UserError: If there is neither.
     """
     if name in DATASETS:
         return DATASETS[name]
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"dataset is {name!r}: choose {', '.join(DATASETS)}, "
             "or a folder with images in train/<class>/ and test/<class>/"
         )

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
+from cifar_resnet.messages import UserError
+
 Evaluation = Literal["native", "zoom", "crop"]
 
 
@@ -25,14 +27,14 @@ def image_files(names: Iterable[str]) -> list[Path]:
     Of a folder: at every level, sorted, without hidden files and folders.
 
     Raises:
-        FileNotFoundError: If a name is neither of a file nor of a folder with images.
+        UserError: If a name is neither of a file nor of a folder with images.
     """
     files: dict[Path, None] = {}
     for path in map(Path, names):
         below = (f for f in path.rglob("*") if f.is_file() and is_image(f.relative_to(path)))
         found = [path] if path.is_file() else sorted(below)
         if not found:
-            raise FileNotFoundError(f"there is no image at {str(path)!r}")
+            raise UserError(f"there is no image at {str(path)!r}")
         files |= dict.fromkeys(found)
     return list(files)
 
@@ -44,7 +46,7 @@ def read_image(path: str | Path) -> Image.Image:
     greyscale to 8 bits.
 
     Raises:
-        ValueError: If Pillow cannot read the file.
+        UserError: If Pillow cannot read the file.
     """
     try:
         with Image.open(path) as file:
@@ -60,14 +62,16 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # of any kind: each of Pillow's readers has its own
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not an image that Pillow can read ({reason})") from error
+        raise UserError(
+            f"{path} is not an image that Pillow can read ({reason}): replace or remove it"
+        ) from error
 
 
 def read_square(path: str | Path, size: int) -> Tensor:
     """Reads an image as (3, size, size) uint8: resizes its shorter side, crops its centre.
 
     Raises:
-        ValueError: If Pillow cannot read the file.
+        UserError: If Pillow cannot read the file.
     """
     square = transforms.Compose(
         [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
@@ -102,9 +106,6 @@ def evaluation_view(images: Tensor, evaluation: Evaluation) -> Tensor:
         return images
     size = images.shape[-1]
     images = F.interpolate(images, zoomed(size), mode="bilinear")
-    if evaluation == "zoom":
-        return images
-    if evaluation != "crop":
-        raise ValueError(f"evaluation is {evaluation!r}: choose native, zoom or crop")
-    border = (zoomed(size) - size) // 2
-    return images[:, :, border : border + size, border : border + size]
+    border = {"zoom": 0, "crop": (zoomed(size) - size) // 2}[evaluation]
+    inside = slice(border, zoomed(size) - border)
+    return images[:, :, inside, inside]

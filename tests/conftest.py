@@ -39,6 +39,10 @@ TINY = ["--model.layers=[1,1,1]", "--model.width=4", FLOAT32]
 SMALL_DIGITS = ["--data.dataset=digits", "--data.val_size=200", "--data.batch_size=200", *TINY]
 
 
+def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
 def write_batch(path: Path, count: int, classes: int, label_key: str) -> tuple[str, str]:
     """Writes one pickled batch as CIFAR's authors did; returns its name and md5."""
     rng = np.random.default_rng(len(path.name) + ord(path.name[-1]))
