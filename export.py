@@ -9,10 +9,8 @@ Without --ckpt it is the best network of the newest run or, where there is no ru
 comes with the project.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,11 +19,10 @@ from torch.export import Dim, ExportedProgram
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.images import Evaluation, evaluation_view
-from cifar_resnet.messages import ScriptParser, output_path, relative
-from cifar_resnet.options import choose_checkpoint
+from cifar_resnet.messages import UserError, one_line_errors, relative
+from cifar_resnet.scripts import ScriptParser, choose_checkpoint, file_ending_in
 from resnet_module import ResNetModule
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 COMPARED = 100  # random images on which the file and PyTorch must agree
 TOLERANCE = 1e-3  # of a probability: beyond it the file computes something else
 
@@ -48,37 +45,23 @@ class Classifier(nn.Module):
 def main(args: Sequence[str] | None = None) -> None:
     """Writes the file."""
     parser = ScriptParser(__doc__)
-    parser.add_argument("--output", type=model_path, required=True, help="a .onnx or .pt2 file")
+    parser.add_argument(
+        "--output", type=file_ending_in(FORMATS), required=True, help="a .onnx or .pt2 file"
+    )
     parser.add_argument("--pixels", choices=("uint8", "float32"), default="uint8")
-    options = parser.parse_args(args)
-    try:
-        path, checkpoint = choose_checkpoint(options.ckpt, options.input_mean, options.input_std)
+    with one_line_errors():
+        options = parser.parse_args(args)
+        path, checkpoint = choose_checkpoint(options)
         module = ResNetModule.from_checkpoint(checkpoint)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    data = CIFARDataModule.from_checkpoint(checkpoint)
-    size = data.hparams["image_size"]
-    images = random_images(size, options.pixels)
-    try:
+        data = CIFARDataModule.from_checkpoint(checkpoint)
+        size = data.hparams["image_size"]
+        images = random_images(size, options.pixels)
         difference = export(module, data.evaluation, images, options.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
     print(
         f"{options.output}: {options.pixels} images (N, 3, {size}, {size}) to probabilities of "
         f"{len(module.class_names)} classes, at most {difference:.0e} from PyTorch's; "
         f"checkpoint: {relative(path)}"
     )
-
-
-def model_path(text: str) -> Path:
-    """The path of a model that can be written."""
-    path = output_path(text, FORMATS)
-    missing = [name for name in ONNX_PACKAGES if path.suffix == ".onnx" and not find_spec(name)]
-    if missing:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} needs {", ".join(missing)}: pip install -e ".[export]", or give a .pt2 file'
-        )
-    return path
 
 
 def random_images(size: int, pixels: str) -> Tensor:
@@ -105,7 +88,7 @@ def export(module: ResNetModule, evaluation: Evaluation, images: Tensor, output:
         The largest difference of a probability between the file and PyTorch.
 
     Raises:
-        ValueError: If that is more than `TOLERANCE`; nothing is written then.
+        UserError: If that is more than `TOLERANCE`; nothing is written then.
     """
     classifier = Classifier(module, evaluation).eval()
     example = images[:2].clone()  # the file keeps it, with all that a view belongs to
@@ -118,7 +101,7 @@ def export(module: ResNetModule, evaluation: Evaluation, images: Tensor, output:
         run = FORMATS[output.suffix](program, part, module.class_names)
         difference = float((run(images) - classifier(images)).abs().max())
         if not difference < TOLERANCE:
-            raise ValueError(
+            raise UserError(
                 f"{output} was not written: it would differ from PyTorch by {difference:.1e}"
             )
         part.replace(output)

@@ -11,7 +11,6 @@ centre is cropped.
 import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch import Tensor
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.files import atomic_write, to_csv, to_json
 from cifar_resnet.images import evaluation_view, image_files, read_square
-from cifar_resnet.messages import ScriptParser, output_path, relative
-from cifar_resnet.options import choose_checkpoint
+from cifar_resnet.messages import one_line_errors, relative
+from cifar_resnet.scripts import ScriptParser, choose_checkpoint, file_ending_in
 from resnet_module import ResNetModule
 
 FORMATS = {".csv": to_csv, ".json": to_json}
@@ -34,25 +33,21 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be UTF-8
     parser = ScriptParser(__doc__)
     parser.add_argument("images", nargs="+", help="files, or folders with images at any level")
-    table = partial(output_path, endings=FORMATS)
-    parser.add_argument("--output", type=table, help="file for the table: .csv or .json")
-    options = parser.parse_args(args)
-    try:
+    parser.add_argument(
+        "--output", type=file_ending_in(FORMATS), help="file for the table: .csv or .json"
+    )
+    with one_line_errors():
+        options = parser.parse_args(args)
         files = image_files(options.images)
-        path, checkpoint = choose_checkpoint(options.ckpt, options.input_mean, options.input_std)
+        path, checkpoint = choose_checkpoint(options)
         module = ResNetModule.from_checkpoint(checkpoint)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if str(path) != options.ckpt:
-        print(f"Checkpoint: {relative(path)}", file=sys.stderr)
-    rows = list(predict(files, module, CIFARDataModule.from_checkpoint(checkpoint)))
-    if rows:
-        print_table(rows)
-    if rows and options.output:
-        try:
+        if str(path) != options.ckpt:
+            print(f"Checkpoint: {relative(path)}", file=sys.stderr)
+        rows = list(predict(files, module, CIFARDataModule.from_checkpoint(checkpoint)))
+        if rows:
+            print_table(rows)
+        if rows and options.output:
             atomic_write(options.output, FORMATS[options.output.suffix](rows))
-        except OSError as error:
-            parser.exit(1, f"error: {error}\n")
     return 0 if len(rows) == len(files) else 1
 
 

@@ -31,9 +31,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize, ToTensor
 
 from cifar_datamodule import CIFARDataModule
+from cifar_resnet.cli import native_precision
 from cifar_resnet.datasets import DATASETS, LabelledImages
 from resnet_module import ResNet, ResNetModule
-from train import native_precision
 
 BATCH_SIZE = 100
 SPEED = "images/s: "

@@ -310,10 +310,9 @@ class TensorBoardImages(PredictionCollector):
             return  # the run has its graph already, and TensorBoard takes one
         writer.add_custom_scalars(CHARTS)
         network = copy.deepcopy(pl_module.network).cpu().float().eval()
-        side = trainer.datamodule.hparams["image_size"]  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch.jit.trace", FutureWarning)
-            writer.add_graph(network, torch.zeros(1, 3, side, side))
+            writer.add_graph(network, pl_module.example_input_array)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: tuple[Tensor, Tensor], batch_idx: int

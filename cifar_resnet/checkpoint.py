@@ -8,7 +8,8 @@ import inspect
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from textwrap import shorten
+from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt
@@ -19,23 +20,10 @@ from torch import nn
 
 from cifar_resnet.convert import convert_state_dict
 from cifar_resnet.files import atomic_write
+from cifar_resnet.messages import UserError
 
 # Trained weights that come with the project; docs/results.md describes them.
 PRETRAINED = Path(__file__).absolute().parents[1] / "weights" / "resnet20.ckpt"
-# What a checkpoint of this project holds, and what it holds besides if training can resume from it.
-ENTRIES = {
-    "state_dict": dict,
-    "hyper_parameters": dict,
-    "datamodule_hyper_parameters": dict,
-    "class_names": list,
-}
-TRAINING_STATE = {
-    "epoch": int,
-    "loops": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "callbacks": dict,
-}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -64,8 +52,8 @@ class EpochCheckpoint(ModelCheckpoint):
 
     Args:
         filename: Name of the file, without its ending; `{epoch}` stands for the epoch.
-        monitor: Metric of which the best epochs are kept; without one the latest are.
-        mode: Whether the metric's `min` or `max` is best.
+        monitor: Metric of which the best epochs are kept: those with the lowest value of a loss,
+            with the highest of any other. Without one the latest are kept.
         every_n_epochs: Epochs from one checkpoint to the next; 0 saves none.
         save_top_k: Number of checkpoints to keep; -1 keeps all.
     """
@@ -74,14 +62,13 @@ class EpochCheckpoint(ModelCheckpoint):
         self,
         filename: str,
         monitor: str | None = None,
-        mode: Literal["min", "max"] = "max",
         every_n_epochs: NonNegativeInt = 1,
         save_top_k: int = 1,
     ) -> None:
         super().__init__(
             filename=filename,
             monitor=monitor,
-            mode=mode,
+            mode="min" if "loss" in (monitor or "") else "max",
             every_n_epochs=every_n_epochs,
             save_top_k=save_top_k,
             save_on_train_epoch_end=True,
@@ -115,12 +102,12 @@ class BestCheckpoint(EpochCheckpoint):
     """Keeps the best epoch in best.ckpt.
 
     Args:
-        monitor: Metric by which an epoch is the best.
-        mode: Whether the metric's `min` or `max` is best.
+        monitor: Metric by which an epoch is the best: a loss by its lowest value, any other by its
+            highest.
     """
 
-    def __init__(self, monitor: str = "val/acc", mode: Literal["min", "max"] = "max") -> None:
-        super().__init__("best", monitor, mode)
+    def __init__(self, monitor: str = "val/acc") -> None:
+        super().__init__("best", monitor)
 
 
 class PeriodicCheckpoint(EpochCheckpoint):
@@ -144,7 +131,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of this project, or the weights of another one.
 
     Raises:
-        ValueError: If it is neither, or holds more than plain data.
+        UserError: If it is neither, or holds more than plain data.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,24 +139,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # foreign bytes fail in any way
         reason = type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint, or holds more than plain data ({reason}): of a network "
             "save the state_dict() alone"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     if "class_names" not in content:
         try:
             return convert_state_dict(content)
-        except ValueError as error:
-            raise ValueError(f"{path} is {error}") from error
-    content.setdefault("datamodule_hyper_parameters", {})  # a data loader has none
-    expected = ENTRIES | TRAINING_STATE if is_resumable(content) else ENTRIES
-    for name, kind in expected.items():
-        if not isinstance(content.get(name), kind):
-            raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")
-    # Data of another class than this project's are shown as they are.
-    content["datamodule_hyper_parameters"].setdefault("augmentation", "none")
+        except UserError as error:
+            raise UserError(f"{path} is {error}") from error
+    # A data loader has none; data of another class than this project's are shown as they are.
+    content.setdefault("datamodule_hyper_parameters", {}).setdefault("augmentation", "none")
     return content
 
 
@@ -193,21 +175,19 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Loads a checkpoint's weights into a module.
 
     Raises:
-        ValueError: With the first one that does not fit, if one does not.
+        UserError: If they do not fit.
     """
-    given, expected = checkpoint["state_dict"], module.state_dict()
     # Files of PyTorch 0.3 lack the counters, and what was trained elsewhere has no input scaling.
-    optional = {n for n in expected if n in ("mean", "std") or n.endswith("num_batches_tracked")}
-    weights = {name: expected[name] for name in optional} | given
-    for name in [*expected, *weights]:
-        wanted, found = (
-            list(state[name].shape) if hasattr(state.get(name), "shape") else "no shape"
-            for state in (expected, weights)
-        )
-        if wanted != found or name not in expected:
-            raise ValueError(
-                f"the checkpoint does not fit the network: {name} has {found} in the file and "
-                f"{wanted} in the network; give the options that it was trained with (layers, "
-                "width, shortcut, dataset, ...)"
-            )
-    module.load_state_dict(weights)
+    optional = {
+        name: value
+        for name, value in module.state_dict().items()
+        if name in ("mean", "std") or name.endswith("num_batches_tracked")
+    }
+    try:
+        module.load_state_dict(optional | checkpoint["state_dict"])
+    except RuntimeError as error:
+        reason = shorten(str(error), 300, placeholder=" …")
+        raise UserError(
+            f"{reason}: give the options that the checkpoint was trained with (layers, width, "
+            "shortcut, dataset, ...)"
+        ) from error

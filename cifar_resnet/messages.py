@@ -1,4 +1,4 @@
-"""What a user reads in the terminal: an error as one line, while bugs keep their traceback."""
+"""What a user reads in the terminal: errors as one line, and what of Lightning's is left out."""
 
 import argparse
 import contextlib
@@ -6,11 +6,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
@@ -19,55 +18,16 @@ class UserError(ValueError):
     """What a user can mend: one line that names the value and the way out."""
 
 
-def fail(message: str, exit_code: int) -> NoReturn:
-    """Ends the command with one line on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
-
-
 @contextlib.contextmanager
-def one_line_errors(exit_code: int, *kinds: type[Exception]) -> Iterator[None]:
-    """Ends the command with one line for an error of these kinds."""
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with one line on stderr for an error that is no bug; bugs pass."""
     try:
         yield
-    except (NameError, AttributeError, TypeError, LookupError, AssertionError):
-        raise  # a bug of the code, whatever it was doing
-    except kinds as error:
-        fail(str(error) or type(error).__name__, exit_code)
-
-
-class ScriptParser(argparse.ArgumentParser):
-    """The options that predict.py and export.py share; errors without the usage before them."""
-
-    def __init__(self, description: str | None) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw)
-        self.add_argument("--ckpt", help="best or last of the newest run, or a path")
-        for name in ("--input_mean", "--input_std"):
-            scaling = "of other projects' weights, by channel"
-            self.add_argument(name, nargs=3, type=float, help=scaling)
-
-    def error(self, message: str) -> NoReturn:
-        fail(message, 2)
-
-
-def output_path(text: str, endings: Iterable[str]) -> Path:
-    """A path, given on the command line, of a file that can be written and ends so."""
-    path = Path(text)
-    if path.suffix not in endings:
-        raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(endings)}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {str(path.parent)!r}")
-    return path
-
-
-class CommandParser(LightningArgumentParser):
-    """Lightning's, with its errors in one line and without the usage before them."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse tries whether a value fits one of several types
-            super().error(message, ex)
-        fail(message, 2)
+    except (UserError, argparse.ArgumentError, MisconfigurationException, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # before training, where Lightning sees to it
+        sys.exit(130)
 
 
 def relative(path: Path) -> str:
@@ -82,7 +42,7 @@ def print_once(line: str) -> None:
 
 
 def silence_lightning() -> None:
-    """Leaves out, by name, messages of Lightning's that are no news here."""
+    """Leaves out, by name, messages of Lightning's that tell nothing new."""
     for message in (
         "does not have many workers",  # the data lies in memory
         "exists and is not empty",  # a resumed run's folder

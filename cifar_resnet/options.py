@@ -1,200 +1,228 @@
-"""Options that are refused before a command begins, because of it or of its checkpoint."""
+"""A command's checkpoint and its options: found, merged with those that are given, compared.
 
-import json
-from collections.abc import Iterable, Mapping
+Each check raises a `UserError` for the first option that it refuses.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
-from cifar_resnet.checkpoint import PRETRAINED, completed_epochs, is_resumable, read_checkpoint
+from cifar_resnet.checkpoint import is_resumable, read_checkpoint
+from cifar_resnet.messages import UserError, print_once
 from cifar_resnet.runs import LOGS, find_checkpoint
 
-# Options that, when 0, leave a command nothing to do.
-LIMITS = {
-    "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
-    "validate": ("limit_val_batches",),
-    "test": ("limit_test_batches",),
-    "predict": ("limit_predict_batches",),
-}
+REMOVED = ("best_checkpoint.mode",)  # options that a run of an earlier version may have
+TRAINING_ONLY = ("optimizer", "lr_scheduler")  # options of the model that evaluation ignores
 
 
-def check_options(command: str, config: Any) -> None:
-    """Refuses options with which a command cannot do what it is for.
+@dataclass(frozen=True)
+class FirstLook:
+    """What is needed before the options can be parsed, because a checkpoint brings some of them."""
+
+    command: str
+    ckpt: str | None  # `best` or `last`, a path; None if the command begins with none
+    root: Path  # of the runs
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a command begins with.
+
+    Attributes:
+        path: Where it lies.
+        checkpoint: What `read_checkpoint` returns.
+        stored: Options of the command that the checkpoint was trained with, as far as it has them.
+        options: Those that the command begins with: of the run, or else the stored ones.
+        run: The folder of the run that `fit` resumes, if it resumes one.
+    """
+
+    path: Path
+    checkpoint: dict[str, Any]
+    stored: dict[str, Any]
+    options: dict[str, Any]
+    run: Path | None
+
+
+def first_look(args: list[str], commands: Collection[str]) -> FirstLook:
+    """Finds command, checkpoint and root among arguments; the parser reads them again, and all."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    roots: Any = {"dest": "roots", "action": "append", "nargs": "?", "default": []}
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--ckpt", nargs="?", const="")
+    parser.add_argument("--trainer.default_root_dir", **roots)
+    parser.add_argument("--config", "-c", type=root_in, **roots)
+    look, rest = parser.parse_known_args(args)
+    command = next((arg for arg in rest if arg in commands), "")
+    root = next((root for root in reversed(look.roots) if root), "")
+    default = "last" if command == "fit" else "best"
+    begins_anew = look.help or not command or (command == "fit" and look.ckpt is None)
+    ckpt = None if begins_anew else look.ckpt or default
+    return FirstLook(command, ckpt, Path(root).expanduser())
+
+
+def root_in(config: str) -> str | None:
+    """The root that a configuration file gives, if it does; what is wrong the parser will say."""
+    with contextlib.suppress(OSError, yaml.YAMLError, LookupError, TypeError):
+        return str(yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"] or "")
+    return None
+
+
+def find_source(command: str, ckpt: str, root: Path, known: Mapping[str, Any]) -> Source:
+    """Reads the checkpoint that a command begins with, and the options that it brings.
 
     Args:
-        command: fit, validate, test or predict.
-        config: All its options.
+        command: fit, validate or test.
+        ckpt: A path, or `best` or `last` of the newest run.
+        root: Where the runs are.
+        known: The command's options; a checkpoint of an earlier version may have others.
 
     Raises:
-        ValueError: With the first of them.
+        UserError: If there is no such checkpoint, or it cannot be read.
     """
-    if config.mirror and command not in ("test", "validate"):
-        raise ValueError("mirror is an option of test and validate")
-    if command == "validate" and config.data.val_size == 0:
-        raise ValueError("data.val_size is 0: there are no validation images; use test")
-    if config.trainer.check_val_every_n_epoch == 0:
-        raise ValueError("trainer.check_val_every_n_epoch is 0: give 1, or data.val_size 0")
-    check_mode("best_checkpoint", config.best_checkpoint)
-    scheduler = config.model.lr_scheduler
-    check_mode("model.lr_scheduler", getattr(scheduler, "init_args", None))
-    for limit in LIMITS[command]:
-        if config.trainer[limit] == 0:
-            raise ValueError(f"trainer.{limit} is 0: there is nothing to {command}")
+    path = find_checkpoint(ckpt, root / LOGS)
+    checkpoint, run = read_checkpoint(path), path.absolute().parents[1]
+    stored = stored_options(checkpoint, known)
+    if command != "fit":  # what is gone since does not hinder a test
+        stored["model"] = {n: v for n, v in stored["model"].items() if n not in TRAINING_ONLY}
+    if command != "fit" or not (run / "run.json").is_file():
+        return Source(path, checkpoint, stored, stored, None)
+    # From an earlier checkpoint a new run branches off; the old one stays as it is.
+    resumed = run if path.absolute() == run / "checkpoints" / "last.ckpt" else None
+    return Source(path, checkpoint, stored, read_config(run / "config.yaml"), resumed)
+
+
+def stored_options(checkpoint: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint holds, as a configuration."""
+    model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
+    options: dict[str, Any] = {
+        "model": {name: value for name, value in model.items() if name in known["model"]},
+        "data": {name: value for name, value in data.items() if name in known["data"]},
+    }
+    seed = options["data"].pop("seed", None)  # follows from seed_everything
+    return options if seed is None else {"seed_everything": seed, **options}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The options of a run, without those that are gone since."""
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for section, name in (option.split(".") for option in REMOVED):
+        config[section].pop(name, None)
+    return config
+
+
+def check_options(config: Namespace, look: FirstLook) -> None:
+    """Refuses options that would do harm without a word."""
+    if config.ckpt is not None:
+        raise UserError(f"ckpt is {config.ckpt!r} in a configuration: give it as --ckpt")
+    root = Path(config.trainer.default_root_dir or "").expanduser()
+    if look.ckpt in ("best", "last") and root.absolute() != look.root.absolute():
+        raise UserError(
+            f"trainer.default_root_dir is {str(root)!r}, but ckpt was looked for in "
+            f"{str(look.root)!r}: give --trainer.default_root_dir, or a path as --ckpt"
+        )
     if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
-        raise ValueError(
+        raise UserError(
             f"trainer.strategy is {config.trainer.strategy}, whose processes no signal ends: "
             "give ddp"
         )
-    if config.model.compile and command == "fit":
-        torch.compile(torch.sin)(torch.zeros(8))  # fails where there is no compiler
-
-
-def check_mode(owner: str, options: Any) -> None:
-    """Refuses to take the lowest accuracy, or the highest loss, for the best.
-
-    Raises:
-        ValueError: If `options` has such a `monitor` and `mode`.
-    """
-    monitor, mode = str(getattr(options, "monitor", "")), getattr(options, "mode", None)
-    for metric, worst, right in (("loss", "max", "min"), ("acc", "min", "max")):
-        if monitor.endswith(metric) and mode == worst:
-            raise ValueError(
-                f"{owner}.monitor is {monitor}, of which mode {worst} takes the worst for the "
-                f"best: give mode {right}"
-            )
+    check_mode("model.lr_scheduler", config.model.get("lr_scheduler.init_args"))
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuses callbacks that change an option, or take the worst for the best.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Refuses callbacks that change an option, or take the worst for the best."""
     for callback in callbacks:
         check_mode(type(callback).__name__, callback)
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-            raise ValueError(
+            raise UserError(
                 f"{type(callback).__name__} changes options that config.yaml then lacks: "
                 "try values of --data.batch_size or --model.optimizer.lr in short runs instead"
             )
 
 
-def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested options as {"optimizer.init_args.lr": "0.001"}.
+def check_mode(owner: str, options: Any) -> None:
+    """Refuses to take the lowest accuracy, or the highest loss, for the best."""
+    monitor, mode = str(getattr(options, "monitor", "")), getattr(options, "mode", None)
+    for metric, wrong, right in (("loss", "max", "min"), ("acc", "min", "max")):
+        if monitor.endswith(metric) and mode == wrong:
+            raise UserError(
+                f"{owner}.monitor is {monitor}, and mode {wrong} would keep the worst: "
+                f"give mode {right}"
+            )
 
-    The values are JSON, which makes no difference between tuples and lists.
+
+def compare_with_checkpoint(
+    command: str, config: Namespace, trained: Namespace, checkpoint: Mapping[str, Any]
+) -> None:
+    """Refuses options that the checkpoint does not allow; tells which others have changed.
+
+    Args:
+        command: fit, validate or test.
+        config: Its options.
+        trained: Those that the checkpoint was trained with; defaults where it has none.
+        checkpoint: What `read_checkpoint` returns.
     """
-    flat: dict[str, str] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            flat[f"{prefix}{name}"] = json.dumps(value.get("class_path"))
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            if callable(value):  # a function, which a checkpoint holds as its import path
-                value = f"{value.__module__}.{value.__qualname__}"
-            flat[f"{prefix}{name}"] = json.dumps(value)
-    return flat
-
-
-def changed_options(
-    options: Mapping[str, Any], stored: Mapping[str, Any]
-) -> dict[str, tuple[str, str]]:
-    """(before, now) of each option that differs from the one stored in a checkpoint."""
-    before, now = flatten(stored), flatten(options)
-    return {n: (before[n], v) for n, v in now.items() if n in before and before[n] != v}
-
-
-def check_model_options(model: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses model options that differ from those a checkpoint was trained with.
-
-    Raises:
-        ValueError: With the first that differs.
-    """
-    for name, (before, now) in changed_options(model, checkpoint["hyper_parameters"]).items():
-        raise ValueError(
+    if command == "fit":
+        check_resumable(checkpoint, config.trainer.max_steps)
+    if command != "test" and "dataset" in checkpoint["datamodule_hyper_parameters"]:
+        check_split(config.data, trained.data)
+    if not checkpoint["class_names"]:
+        return  # another project's weights, whose scaling is given
+    # Code in Python may have chosen optimizer and scheduler; a checkpoint then has neither.
+    ignored = {"compile"} | {
+        name
+        for name in TRAINING_ONLY
+        if command != "fit" or name not in checkpoint["hyper_parameters"]
+    }
+    for name, (before, now) in changed_options(config.model, trained.model, ignored).items():
+        raise UserError(
             f"model.{name} is {now}, but the checkpoint was trained with {before}: leave it out, "
             "or begin a new run"
         )
+    if command == "fit":
+        for name, (before, now) in changed_options(config.data, trained.data, {"urls"}).items():
+            print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
 
 
-def check_split(data: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses to validate on images that a checkpoint was trained on.
+def changed_options(
+    options: Namespace, trained: Namespace, ignored: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """(before, now) of each option that has changed, such as `optimizer.init_args.lr`."""
+    before, now = (dict(each.clone(with_meta=False).items()) for each in (trained, options))
+    return {
+        name: (before.get(name), now.get(name))
+        for name in before | now
+        if before.get(name) != now.get(name) and name.split(".")[0] not in ignored
+    }
 
-    Raises:
-        ValueError: If another number of images would be split off the same data set.
-    """
-    stored, now = checkpoint["datamodule_hyper_parameters"], data["val_size"]
-    own = Path(data["dataset"]).expanduser() / "val"
-    if str(stored.get("dataset")).rstrip("/") != data["dataset"].rstrip("/") or own.is_dir():
+
+def check_split(data: Namespace, trained: Namespace) -> None:
+    """Refuses to split another number of images off the same data set for validation."""
+    has_own = (Path(data.dataset).expanduser() / "val").is_dir()
+    if trained.dataset.rstrip("/") != data.dataset.rstrip("/") or has_own:
         return
-    if now and now != stored.get("val_size", now):
-        raise ValueError(
-            f"data.val_size is {now}, but the checkpoint was trained with {stored['val_size']}: "
-            "images that trained would validate; leave it out"
+    if data.val_size not in (0, trained.val_size):
+        raise UserError(
+            f"data.val_size is {data.val_size}, but the checkpoint was trained with "
+            f"{trained.val_size}: images that trained would validate; leave it out"
         )
 
 
-def check_resume(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a run that could not resume as it would have gone on.
-
-    Args:
-        config: All options of `fit`.
-        checkpoint: The one that the run is to resume from.
-
-    Raises:
-        ValueError: With the reason.
-    """
+def check_resumable(checkpoint: Mapping[str, Any], max_steps: int) -> None:
+    """Refuses a run that could not resume as it would have gone on."""
     if not is_resumable(checkpoint):
-        raise ValueError("ckpt holds weights only, from which fit cannot go on; test can use them")
+        raise UserError("ckpt holds weights only, from which fit cannot go on; test can use them")
     if "dataset" not in checkpoint["datamodule_hyper_parameters"]:
-        raise ValueError("ckpt was trained in Python on data of one's own: resume it there")
+        raise UserError("ckpt was trained in Python on other data: resume it there")
     progress = checkpoint["loops"].get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     if not progress.get("is_last_batch"):
-        raise ValueError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
-    trainer, done = config["trainer"], completed_epochs(checkpoint)
-    if trainer["max_steps"] != -1:
-        raise ValueError(
-            "trainer.max_steps cannot end a resumed run: give --trainer.max_steps=-1 and "
-            "--trainer.max_epochs"
-        )
-    if trainer["max_epochs"] is not None and 0 <= trainer["max_epochs"] < done:
-        raise ValueError(
-            f"trainer.max_epochs is {trainer['max_epochs']}, but the checkpoint has {done} epochs "
-            "behind it"
-        )
-    check_model_options(config["model"], checkpoint)
-
-
-def choose_checkpoint(
-    name: str | None, mean: list[float] | None, std: list[float] | None
-) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's path and content: that of `name`, or the newest run's best, or `PRETRAINED`.
-
-    Args:
-        name: `best` or `last` of the newest run, or a path. None means `best` or, if there is no
-            run, `PRETRAINED`.
-        mean: Subtracted from each channel: the input scaling that other projects' files lack.
-        std: What each channel is then divided by.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it can't be read, or if the scaling is one that it has already, or is not
-            positive.
-    """
-    try:
-        path = find_checkpoint(name or "best", LOGS)
-    except FileNotFoundError:
-        if name:
-            raise
-        path = PRETRAINED
-    checkpoint = read_checkpoint(path)
-    if mean or std:
-        if std and min(std) <= 0:
-            raise ValueError(f"input_std is {std}: each must be more than 0")
-        if "mean" in checkpoint["state_dict"]:
-            raise ValueError(f"{path} has its own input scaling: leave input_mean and _std out")
-        checkpoint["hyper_parameters"] |= {"input_mean": mean, "input_std": std}
-    return path, checkpoint
+        raise UserError("ckpt was saved within an epoch: resume from the run's last.ckpt instead")
+    if max_steps != -1:
+        raise UserError("trainer.max_steps cannot end a resumed run: give --trainer.max_steps=-1")

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from cifar_resnet.checkpoint import EpochCheckpoint, model_checkpoints
 from cifar_resnet.files import atomic_write, to_json
-from cifar_resnet.messages import print_once
+from cifar_resnet.messages import UserError, print_once
 
 LOGS = Path("lightning_logs")  # where runs go, within the Trainer's default_root_dir
 
@@ -100,34 +100,24 @@ class RunFolder(Callback):
             for c in model_checkpoints(trainer)
             if c.best_model_score is not None
         }
-        last = {f"hp/{n}": v for n, v in trainer.callback_metrics.items() if n == "train/acc"}
-        logger, metrics = tensorboard_logger(trainer), scores or last
-        if logger and metrics:
-            logger.log_hyperparams(self.compared_options(trainer), metrics)
+        if logger := tensorboard_logger(trainer):
+            options = self.config["data"] | self.config["model"]
+            options |= {name: self.config["trainer"][name] for name in ("max_epochs", "precision")}
+            options |= {
+                "seed": self.config["seed_everything"],
+                "effective_batch_size": effective_batch_size(trainer),
+            }
+            without = {"hp/train/acc": trainer.callback_metrics["train/acc"]}
+            logger.log_hyperparams(options, scores or without)
             logger.save()
-
-    def compared_options(self, trainer: Trainer) -> dict[str, Any]:
-        """What runs are compared by; an optimizer or a scheduler is its name."""
-        options = {**self.config["data"], **self.config["model"]}
-        for name in ("root", "urls", "eval_batch_size"):
-            del options[name]
-        for name in ("optimizer", "lr_scheduler"):
-            chosen = options[name]
-            chosen = chosen["class_path"] if isinstance(chosen, dict) else chosen
-            options[name] = chosen and str(chosen).rsplit(".", 1)[-1]
-        optimizer, group = trainer.optimizers[0], trainer.optimizers[0].param_groups[0]
-        return options | {
-            "lr": group.get("max_lr") or optimizer.defaults.get("lr", group["lr"]),
-            "epochs": trainer.max_epochs,
-            "precision": trainer.precision,
-            "effective_batch_size": effective_batch_size(trainer),
-            "seed": self.config["seed_everything"],
-        }
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leaves nothing behind of a run that was refused before its first epoch."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves nothing behind of a run that has not come to its first epoch."""
         if self.begun or self.resumed or not self.folder or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -156,18 +146,18 @@ def find_checkpoint(name: str, logs: Path) -> Path:
     The best of a run without validation is its last.
 
     Raises:
-        FileNotFoundError: If there is none.
+        UserError: If there is none.
     """
     if name not in ("best", "last"):
         if not Path(name).is_file():
             reason = "that is a folder" if Path(name).is_dir() else "there is no such file"
-            raise FileNotFoundError(f"ckpt is {name!r}: {reason}")
+            raise UserError(f"ckpt is {name!r}: {reason}")
         return Path(name)
     found = [*logs.glob("*/checkpoints/last.ckpt")]
     if name == "best":
         found += logs.glob("*/checkpoints/best.ckpt")
     if not found:
-        raise FileNotFoundError(
+        raise UserError(
             f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
             "--ckpt PATH"
         )

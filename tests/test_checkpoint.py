@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DigitsRun, Malice, Run
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from cifar_resnet.checkpoint import (
@@ -20,7 +21,8 @@ from cifar_resnet.checkpoint import (
     read_checkpoint,
 )
 from cifar_resnet.files import atomic_write
-from cifar_resnet.options import check_resume, check_split
+from cifar_resnet.messages import UserError
+from cifar_resnet.options import check_resumable, check_split
 from cifar_resnet.runs import find_checkpoint
 from resnet_module import ResNetModule
 
@@ -61,7 +63,7 @@ def test_code_in_a_checkpoint_never_runs(
     if setting:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", setting)
     torch.save({"state_dict": Malice(Path("it ran"))}, "bad.ckpt")
-    with pytest.raises(ValueError, match=r"bad\.ckpt is not a checkpoint, or holds more than"):
+    with pytest.raises(UserError, match=r"bad\.ckpt is not a checkpoint, or holds more than"):
         read_checkpoint(Path("bad.ckpt"))
     with pytest.raises(pickle.UnpicklingError):
         AtomicCheckpointIO().load_checkpoint("bad.ckpt", weights_only=False)
@@ -82,24 +84,17 @@ def test_code_in_a_checkpoint_never_runs(
             {"pytorch-lightning_version": "2.6", "state_dict": {}},
             "is not a network of this project",
         ),
-        ({"state_dict": [1]}, "is damaged: its state_dict is not a dict"),
-        ({"epoch": "one"}, "is damaged: its epoch is not a int"),
-        ({"class_names": None}, "is damaged: its class_names is not a list"),
-        ({"optimizer_states": 3}, "is damaged: its optimizer_states is not a list"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "bad.ckpt"
-    whole = torch.load(OLDER, weights_only=True)
     if content == "truncated":
         path.write_bytes(OLDER.read_bytes()[:5000])
     elif isinstance(content, bytes):
         path.write_bytes(content)
-    elif isinstance(content, dict) and "pytorch-lightning_version" not in content:
-        torch.save(whole | content, path)
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=rf"bad\.ckpt {message}"):
+    with pytest.raises(UserError, match=rf"bad\.ckpt {message}"):
         read_checkpoint(path)
 
 
@@ -144,7 +139,7 @@ def test_first_weight_that_does_not_fit_is_named() -> None:
         (ResNetModule(**options), {k: v for k, v in state.items() if "running_mean" not in k},
          "network.bn.running_mean"),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match=rf"does not fit the network: {name} has"):
+        with pytest.raises(UserError, match=rf"state_dict .*{name}"):
             load_weights(module, {"state_dict": given})
     # Files of PyTorch 0.3, such as the note's, have no counters.
     without = {k: v for k, v in state.items() if "num_batches" not in k}
@@ -167,38 +162,27 @@ def test_newest_run_with_the_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint("best", tmp_path) == last.with_name("best.ckpt")
     path = str(tmp_path / "mine/checkpoints/best.ckpt")
     assert find_checkpoint(path, tmp_path) == Path(path)
-    with pytest.raises(FileNotFoundError, match="ckpt is 'nowhere': there is no such file"):
+    with pytest.raises(UserError, match="ckpt is 'nowhere': there is no such file"):
         find_checkpoint("nowhere", tmp_path)
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no run in .* has a best\.ckpt"):
+    with pytest.raises(UserError, match=r"no run in .* has a best\.ckpt"):
         find_checkpoint("best", tmp_path / "empty")
-
-
-def fit_config(**trainer: Any) -> dict[str, Any]:
-    return {"trainer": {"max_steps": -1, "max_epochs": 80, **trainer}, "model": {}}
 
 
 def test_runs_that_could_not_resume_are_refused(digits_run: DigitsRun) -> None:
     checkpoint = read_checkpoint(digits_run.best.with_name("last.ckpt"))
     assert completed_epochs(checkpoint) == 3
-    check_resume(fit_config(), checkpoint)
-    check_resume(fit_config(max_epochs=3), checkpoint)
-    check_resume(fit_config(max_epochs=-1), checkpoint)
+    check_resumable(checkpoint, max_steps=-1)
     within = {"fit_loop": {"epoch_loop.batch_progress": {"is_last_batch": False}}}
-    model = fit_config() | {
-        "model": {"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1}}}
-    }
-    for config, content, message in [
-        (fit_config(), {"state_dict": {}}, "holds weights only"),
-        (fit_config(), checkpoint | {"loops": within}, "saved within an epoch"),
-        (fit_config(), checkpoint | {"datamodule_hyper_parameters": {}}, "data of one's own"),
-        (fit_config(max_steps=100), checkpoint, "max_steps cannot end a resumed run"),
-        (fit_config(max_epochs=2), checkpoint, "max_epochs is 2, but the checkpoint has 3"),
-        (model, checkpoint, "model.optimizer.init_args.lr is 0.1, .* trained with 0.001"),
+    for max_steps, content, message in [
+        (-1, {"state_dict": {}}, "holds weights only"),
+        (-1, checkpoint | {"loops": within}, "saved within an epoch"),
+        (-1, checkpoint | {"datamodule_hyper_parameters": {}}, "other data"),
+        (100, checkpoint, "max_steps cannot end a resumed run"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            check_resume(config, content)
+        with pytest.raises(UserError, match=message):
+            check_resumable(content, max_steps)
 
 
 def copy_with_best_score(folder: Path, score: float) -> Path:
@@ -225,30 +209,23 @@ def test_moved_run_keeps_its_best_checkpoint(run: Run, digits_run: DigitsRun) ->
 def test_scores_of_two_metrics_are_not_compared(run: Run, digits_run: DigitsRun) -> None:
     """An accuracy of 0 would be a loss that no epoch beats."""
     best = copy_with_best_score(digits_run.folder, 0.0) / "best.ckpt"
-    metric = ["--best_checkpoint.monitor=val/loss", "--best_checkpoint.mode=min"]
+    metric = ["--best_checkpoint.monitor=val/loss"]  # the lowest is the best
     last = str(best.with_name("last.ckpt"))
     resumed = run("fit", "--ckpt", last, "--trainer.max_epochs=4", *metric)
     assert resumed.code == 0, resumed.err
     assert read_checkpoint(best)["epoch"] == 3
 
 
-def test_changed_scheduler_is_refused(digits_run: DigitsRun) -> None:
-    checkpoint = read_checkpoint(digits_run.best.with_name("last.ckpt"))
-    for scheduler in (None, {"class_path": "torch.optim.lr_scheduler.ExponentialLR"}):
-        config = fit_config() | {"model": {"lr_scheduler": scheduler}}
-        with pytest.raises(ValueError, match=r"model\.lr_scheduler is .*, but the checkpoint"):
-            check_resume(config, checkpoint)
-
-
 def test_validation_images_may_differ_only_if_none_of_them_trained(tmp_path: Path) -> None:
-    stored = {"datamodule_hyper_parameters": {"dataset": str(tmp_path), "val_size": 200}}
-    for dataset, val_size in (("another", 9), (str(tmp_path), 200), (str(tmp_path), 0)):
-        check_split({"dataset": dataset, "val_size": val_size}, stored)
-    for same in (str(tmp_path), f"{tmp_path}/"):
-        with pytest.raises(ValueError, match=r"data\.val_size is 9, but .* with 200: images that"):
-            check_split({"dataset": same, "val_size": 9}, stored)
+    folder = str(tmp_path)
+    trained = Namespace(dataset=folder, val_size=200)
+    for dataset, val_size in (("another", 9), (folder, 200), (folder, 0)):
+        check_split(Namespace(dataset=dataset, val_size=val_size), trained)
+    for same in (folder, f"{folder}/"):
+        with pytest.raises(UserError, match=r"data\.val_size is 9, but .* with 200: images that"):
+            check_split(Namespace(dataset=same, val_size=9), trained)
     (tmp_path / "val").mkdir()  # images of its own validate, whatever the number
-    check_split({"dataset": str(tmp_path), "val_size": 9}, stored)
+    check_split(Namespace(dataset=folder, val_size=9), trained)
 
 
 def test_two_checkpoints_may_save_as_often() -> None:

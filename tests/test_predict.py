@@ -157,7 +157,6 @@ def test_no_table_without_a_readable_file(
     ("args", "message"),
     [
         (["pets", "--output=o.txt"], "argument --output: 'o.txt' must end in .csv or .json"),
-        (["pets", "--output=no/o.csv"], "argument --output: 'no/o.csv': there is no folder 'no'"),
         ([], "the following arguments are required: images"),
         (["nowhere.png"], "there is no image at 'nowhere.png'"),
         (["pets", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
@@ -169,7 +168,7 @@ def test_no_table_without_a_readable_file(
         ),
         (
             ["pets", "--ckpt=bare.pth", "--input_mean", *"111", "--input_std", *"101"],
-            "input_std is [1.0, 0.0, 1.0]: each must be more than 0",
+            "argument --input_std: invalid PositiveFloat value: '0'",
         ),
         (
             ["pets", "--ckpt=bare.pth", "--input_mean", *"111"],
@@ -189,7 +188,7 @@ def test_user_errors_are_one_line(
     with pytest.raises(SystemExit) as end:
         predict.main(args)
     out, err = capsys.readouterr()
-    assert end.value.code == 2
+    assert end.value.code == 1
     assert err.startswith(f"error: {message}")
     assert (out, err.count("\n")) == ("", 1)
 
