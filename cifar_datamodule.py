@@ -6,7 +6,6 @@ be repeated.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,6 @@ from cifar_resnet.augment import (
     CutMix,
     Cutout,
     MixUp,
-    MixUpOrCutMix,
     RandomCrop,
     RandomFlip,
     pad_or_resize,
@@ -97,10 +95,10 @@ class CIFARDataModule(LightningDataModule):
         cutout: Side, in pixels, of a square of the training images' mean colour that hides a part
             of each training image (DeVries and Taylor 2017). 0 hides nothing.
         mixup: Blend each training image, and its label, with another one (Zhang et al. 2017):
-            alpha, as of Beta(alpha, alpha), which the shares follow. 0 blends nothing. With
-            `cutmix` as well, each batch goes through one of the two, chosen at random.
+            alpha, as of Beta(alpha, alpha), which the shares follow. 0 blends nothing.
         cutmix: Put a rectangle of another image into each training image, and blend their labels
-            by area (Yun et al. 2019): alpha, as of Beta(alpha, alpha). 0 leaves it out.
+            by area (Yun et al. 2019): alpha, as of Beta(alpha, alpha). 0 leaves it out. It cannot
+            be combined with `mixup`.
         mix_until: Share of the run after which `mixup` and `cutmix` are off: with 0.9 the last
             tenth of the Trainer's `max_epochs` goes without, rounded to whole epochs.
         evaluation: What validation and test show: the `native` image, the whole `zoom`ed image,
@@ -134,6 +132,8 @@ class CIFARDataModule(LightningDataModule):
         urls: list[str] | None = None,
     ) -> None:
         super().__init__()
+        if mixup and cutmix:
+            raise UserError(f"data.mixup is {mixup} and data.cutmix {cutmix}: give one of them")
         root, dataset = str(root), str(dataset)  # a checkpoint with a Path is not plain data
         self.save_hyperparameters(ignore=["urls"], logger=False)
         self.root = Path(root).expanduser()
@@ -224,19 +224,17 @@ class CIFARDataModule(LightningDataModule):
         if side:
             colour = (self.channel_statistics[0] * 255).round().to(torch.uint8)
             augmentations.append(Cutout(side, size, colour))
-        mixup = MixUp(self.hparams["mixup"], len(self.class_names))
-        cutmix = CutMix(self.hparams["cutmix"], size, len(self.class_names))
-        if mixup.alpha and cutmix.alpha:
-            augmentations.append(MixUpOrCutMix(mixup, cutmix))
-        else:
-            augmentations += [mixing for mixing in (mixup, cutmix) if mixing.alpha]
+        if self.hparams["mixup"]:
+            augmentations.append(MixUp(self.hparams["mixup"], len(self.class_names)))
+        if self.hparams["cutmix"]:
+            augmentations.append(CutMix(self.hparams["cutmix"], size, len(self.class_names)))
         return augmentations
 
     def _mix_epochs(self) -> float:
         """Number of epochs in which batches are mixed."""
         until = self.hparams["mix_until"]
         if until == 1:
-            return math.inf
+            return float("inf")
         epochs = self.trainer.max_epochs if self.trainer else None
         if epochs in (None, -1):
             raise UserError(

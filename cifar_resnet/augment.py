@@ -170,26 +170,6 @@ class CutMix:
         return squares(row, column, 2 * half, self.size)
 
 
-class MixUpOrCutMix:
-    """Applies one of the two to each batch, with probability 1/2."""
-
-    def __init__(self, mixup: MixUp, cutmix: CutMix) -> None:
-        self.mixup = mixup
-        self.cutmix = cutmix
-
-    def draw(self, rng: np.random.Generator, count: int) -> Draws:
-        is_mixup = torch.from_numpy(rng.random(count) < 0.5)
-        return {"is_mixup": is_mixup, **self.mixup.draw(rng, count), **self.cutmix.draw(rng, count)}
-
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        mixup, cutmix = (m.apply(images, draws) for m in (self.mixup, self.cutmix))
-        return torch.where(draws["is_mixup"][0], mixup, cutmix)
-
-    def apply_to_labels(self, labels: Tensor, draws: Draws) -> Tensor:
-        mixup, cutmix = (m.apply_to_labels(labels, draws) for m in (self.mixup, self.cutmix))
-        return torch.where(draws["is_mixup"][0], mixup, cutmix)
-
-
 class Augmenter:
     """Applies augmentations in order.
 

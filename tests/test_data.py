@@ -118,14 +118,12 @@ def test_augmented_images_equal_torchvisions(cifar10: Path, augmentation: Any, c
     assert torch.equal(shown, torch.stack(expected))
 
 
-MIXING = {"mixup": 0.4, "cutmix": 1.0}
-
-
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
 def test_batches_of_a_resumed_run_are_mixed_as_they_would_have_been(
-    cifar10: Path, tmp_path: Path
+    cifar10: Path, tmp_path: Path, mixing: str
 ) -> None:
     def data() -> CIFARDataModule:
-        return CIFARDataModule(str(cifar10), val_size=50, batch_size=64, **MIXING)
+        return CIFARDataModule(str(cifar10), val_size=50, batch_size=64, **{mixing: 0.5})
 
     whole = fit(data(), epochs=2).seen["train"][4:]
     first, resumed, again = trainer(1), trainer(2), Recorder()
@@ -142,7 +140,7 @@ def test_mixing_ends_after_its_share_of_the_run(cifar10: Path) -> None:
         data = CIFARDataModule(str(cifar10), val_size=50, batch_size=100, **options)
         return fit(data, epochs=3).seen["train"]
 
-    plain, mixed = batches(), batches(**MIXING, mix_until=0.7)
+    plain, mixed = batches(), batches(mixup=0.4, mix_until=0.7)
     assert [labels.dim() for _, labels in mixed] == [2, 2, 2, 2, 1, 1]
     assert not torch.equal(mixed[0][0], plain[0][0])
     for part in (0, 1):
@@ -151,6 +149,8 @@ def test_mixing_ends_after_its_share_of_the_run(cifar10: Path) -> None:
     data.trainer = trainer(epochs=-1)
     with pytest.raises(UserError, match=r"mix_until is 0\.7, but the run has no end"):
         data.setup("fit")
+    with pytest.raises(UserError, match=r"mixup is 0\.4 and data\.cutmix 1\.0: give one"):
+        CIFARDataModule(mixup=0.4, cutmix=1.0)
 
 
 @pytest.mark.parametrize(
