@@ -131,12 +131,11 @@ class CLI(LightningCLI):
         command = look.command
         known = parser.parse_args([command])[command].as_dict()
         self.source = source = find_source(command, look.ckpt, look.root, known)
-        trained, base = (
-            parser.parse_object({command: options}) for options in (source.stored, source.options)
-        )
+        trained = parser.parse_object({command: source.stored})
+        base = parser.parse_object({command: source.options or source.stored})
         self.config = parser.parse_args(namespace=base)
         print_once(f"Checkpoint: {relative(source.path)}")
-        if command == "fit" and source.options is source.stored:
+        if command == "fit" and source.options is None:
             print_once(
                 "Note: the checkpoint is not in its run's folder: options of trainer and of "
                 "checkpoints are the defaults, unless given"

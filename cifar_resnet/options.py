@@ -40,15 +40,15 @@ class Source:
         path: Where it lies.
         checkpoint: What `read_checkpoint` returns.
         stored: Options of the command that the checkpoint was trained with, as far as it has them.
-        options: Those that the command begins with: of the run, or else the stored ones.
+        options: Those of the checkpoint's run; None if `fit` does not find it in its run's folder.
         run: The folder of the run that `fit` resumes, if it resumes one.
     """
 
     path: Path
     checkpoint: dict[str, Any]
     stored: dict[str, Any]
-    options: dict[str, Any]
-    run: Path | None
+    options: dict[str, Any] | None = None
+    run: Path | None = None
 
 
 def first_look(args: list[str], commands: Collection[str]) -> FirstLook:
@@ -93,7 +93,7 @@ def find_source(command: str, ckpt: str, root: Path, known: Mapping[str, Any]) -
     if command != "fit":  # what is gone since does not hinder a test
         stored["model"] = {n: v for n, v in stored["model"].items() if n not in TRAINING_ONLY}
     if command != "fit" or not (run / "run.json").is_file():
-        return Source(path, checkpoint, stored, stored, None)
+        return Source(path, checkpoint, stored)
     # From an earlier checkpoint a new run branches off; the old one stays as it is.
     resumed = run if path.absolute() == run / "checkpoints" / "last.ckpt" else None
     return Source(path, checkpoint, stored, read_config(run / "config.yaml"), resumed)
