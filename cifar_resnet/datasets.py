@@ -70,7 +70,7 @@ class HasValidation(Protocol):
         ...
 
 
-def download(file: Path, md5: str | None, urls: Sequence[str]) -> None:
+def download(file: Path, md5: str, urls: Sequence[str]) -> None:
     """Downloads a file from the first address that has it, unless it is there, and verifies it.
 
     Several processes download it once.
@@ -129,7 +129,7 @@ def first_cause(error: BaseException) -> str:
     return " ".join(reason.split())
 
 
-def mirrors(urls: Sequence[str], *names: str) -> dict[str, list[str]]:
+def urls_by_file(urls: Sequence[str], *names: str) -> dict[str, list[str]]:
     """The user's addresses of each of the files that a data set downloads, by their names.
 
     Raises:
@@ -164,7 +164,7 @@ class CIFAR:
         Writes nothing if all files are there.
         """
         name = self.source.filename
-        own = mirrors(urls, name)[name]
+        own = urls_by_file(urls, name)[name]
         if self._is_complete(root):
             return
         archive = root / name
@@ -197,7 +197,7 @@ class SVHN:
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
         files = [self.source.split_list[split] for split in ("train", "test")]
-        own = mirrors(urls, *(name for _, name, _ in files))
+        own = urls_by_file(urls, *(name for _, name, _ in files))
         for url, name, md5 in files:
             download(root / name, md5, [*own[name], url])
 
@@ -217,7 +217,7 @@ class FashionMNIST:
     source = torchvision_datasets.FashionMNIST
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
-        own = mirrors(urls, *(name for name, _ in self.source.resources))
+        own = urls_by_file(urls, *(name for name, _ in self.source.resources))
         for name, md5 in self.source.resources:
             known = [f"{mirror}{name}" for mirror in self.source.mirrors]
             download(self._file(root, name), md5, [*own[name], *known])
@@ -248,7 +248,7 @@ class Digits:
     num_classes = 10
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
-        mirrors(urls)  # scikit-learn comes with the digits
+        urls_by_file(urls)  # scikit-learn comes with the digits
 
     def load(self, root: Path, train: bool) -> LabelledImages:
         from sklearn.datasets import load_digits
@@ -285,7 +285,7 @@ class ImageFolderDataset:
 
     def prepare(self, root: Path, urls: Sequence[str]) -> None:
         """Checks that all parts have images of the same classes, at least two."""
-        mirrors(urls)
+        urls_by_file(urls)
         for part in self._parts():
             self._samples(part)
 
