@@ -12,7 +12,6 @@ the last of a run without validation.
 import argparse
 import datetime
 import json
-import math
 import re
 import signal
 import statistics
@@ -91,16 +90,13 @@ def original_minutes(data_root: str) -> float:
 
 def spread(values: list[float]) -> str:
     """`92.10 ± 0.15 (91.73 to 92.47)`: mean, standard deviation, 95 % interval of the mean."""
-    from scipy.stats import t  # slow to import
+    from scipy.stats import ttest_1samp  # slow to import
 
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    std = statistics.stdev(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
-    return f"{mean:.2f} ± {std:.2f} ({mean - half:.2f} to {mean + half:.2f})"
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "–"
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    interval = ttest_1samp(values, 0).confidence_interval()
+    return f"{mean:.2f} ± {std:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def summarize(rows: list[Row]) -> list[tuple[str, ...]]:

@@ -32,7 +32,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Re
 
 from cifar_datamodule import CIFARDataModule
 from cifar_resnet.cli import native_precision
-from cifar_resnet.datasets import DATASETS, LabelledImages
+from cifar_resnet.datasets import CIFAR, DATASETS
 from resnet_module import ResNet, ResNetModule
 
 BATCH_SIZE = 100
@@ -49,27 +49,21 @@ class Noise(CIFAR10):  # type: ignore[misc]
         rng = np.random.default_rng(0)
         self.data = rng.integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
         self.targets = rng.integers(0, 10, 50_000).tolist()
+        self.classes = [*"0123456789"]
 
 
-class NoiseSource:
+class NoiseSource(CIFAR):
     """The same images as a data set of this project."""
-
-    num_classes = 10
 
     def prepare(self, *_: Any) -> None:
         """Nothing is downloaded."""
-
-    def load(self, root: Path, train: bool) -> LabelledImages:
-        noise = Noise(str(root), train)
-        images = torch.from_numpy(noise.data).permute(0, 3, 1, 2)
-        return LabelledImages(images, torch.tensor(noise.targets), [*"0123456789"])
 
 
 def find_source(root: str) -> type[CIFAR10]:
     """CIFAR-10 if it lies in `root`; otherwise random images, which this project then uses, too."""
     if (Path(root) / CIFAR10.base_folder).is_dir():
         return CIFAR10
-    DATASETS["cifar10"] = NoiseSource()
+    DATASETS["cifar10"] = NoiseSource(Noise, num_classes=10)
     return Noise
 
 

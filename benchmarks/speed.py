@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from sides import BF16, DEVICE, SIDES, SPEED
 
+from cifar_resnet.runs import git_commit
+
 FOLDER = Path(__file__).absolute().parent
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics")
 Values = dict[str, list[float]]  # a value for each round
@@ -82,7 +84,6 @@ def divide(speeds: Values) -> Values:
 
 def describe_machine() -> dict[str, Any]:
     """Where and with what this was measured."""
-    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
@@ -93,7 +94,7 @@ def describe_machine() -> dict[str, Any]:
         "precision": "bf16" if BF16 else "float32",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": git_commit(),
     }
 
 
