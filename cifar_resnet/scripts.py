@@ -17,7 +17,7 @@ class ScriptParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw)
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
         self.add_argument("--ckpt", help="best or last of the newest run, or a path")
         for name, kind in (("--input_mean", float), ("--input_std", PositiveFloat)):
             scaling = "of other projects' weights, by channel"
