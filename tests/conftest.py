@@ -80,7 +80,7 @@ def write_cifar(root: Path, source: type[CIFAR10], patch: pytest.MonkeyPatch) ->
     md5 = hashlib.md5(meta.read_bytes()).hexdigest()
     patch.setattr(source, "meta", {**source.meta, "md5": md5})
     # No test reaches the network: what is not there cannot be fetched either.
-    patch.setattr(source, "url", (root / "nowhere" / source.filename).as_uri())
+    patch.setattr(source, "url", f"http://127.0.0.1:9/{source.filename}")
     name = "cifar100" if hundred else "cifar10"
     patch.setitem(DATASETS, name, CIFAR(source, classes))  # without mirrors
     return root
