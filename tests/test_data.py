@@ -20,7 +20,6 @@ from torchvision.transforms import functional as tv
 import cifar_datamodule
 from cifar_datamodule import SEED_DISTANCE, CIFARDataModule, mean_and_std
 from cifar_resnet.datasets import DATASETS, Digits
-from cifar_resnet.images import evaluation_view
 from cifar_resnet.messages import UserError
 
 COUNTS = {"train": 6, "val": 3, "test": 2}  # images of each class in `pets`
@@ -219,14 +218,6 @@ def test_no_seed_repeats_the_orders_of_another(cifar10: Path) -> None:
     assert len(set(orders)) == len(orders)
 
 
-def test_unknown_choices_are_refused_in_python(cifar10: Path) -> None:
-    choice: Any = "zomo"
-    with pytest.raises(KeyError, match="zomo"):
-        CIFARDataModule(str(cifar10), val_size=50, augmentation=choice).setup("fit")
-    with pytest.raises(KeyError, match="zomo"):
-        evaluation_view(torch.zeros(1, 3, 32, 32), choice)
-
-
 def test_validation_split_is_stratified_and_the_same_for_every_seed(cifar10: Path) -> None:
     splits = []
     for seed in (0, 1):
@@ -238,12 +229,6 @@ def test_validation_split_is_stratified_and_the_same_for_every_seed(cifar10: Pat
     assert torch.equal(*splits)
     data.setup("validate")
     assert torch.equal(data.val_set.images, splits[0])
-
-
-def test_without_validation_all_images_train(cifar10: Path) -> None:
-    seen = fit(CIFARDataModule(str(cifar10), val_size=0)).seen
-    assert len(all_of(seen["train"])[0]) == TRAIN_IMAGES
-    assert not seen["val"]
 
 
 @pytest.fixture
@@ -363,16 +348,6 @@ def test_image_size_resizes_what_is_loaded(cifar10: Path) -> None:
     seen = fit(data).seen
     assert seen["train"][0][0].shape == (100, 3, 64, 64)
     assert seen["val"][0][0].shape == (50, 3, 80, 80)
-
-
-def test_evaluation_batches_on_a_cpu(cifar10: Path) -> None:
-    def sizes(**options: Any) -> list[int]:
-        data = CIFARDataModule(str(cifar10), val_size=120, **options)
-        data.setup("fit")
-        return [len(labels) for _, labels, _ in data.val_dataloader()]
-
-    assert sizes() == [100, 20]
-    assert sizes(eval_batch_size=50) == [50, 50, 20]
 
 
 @pytest.mark.parametrize(("size", "expected"), [(16, 1000), (32, 1000), (64, 250)])
