@@ -163,19 +163,13 @@ def test_own_networks_are_unchanged(shortcut: str, block: str, preactivation: bo
     "wrap",
     [
         lambda weights: weights,
-        lambda weights: {"state_dict": weights, "epoch": 200, "best_prec1": 91.7},
         lambda weights: {"net": weights, "acc": 95.2, "epoch": 199},
-        lambda weights: {"model": weights, "optimizer": ADAM},
-        lambda weights: {"model_state_dict": weights, "loss": torch.tensor(0.1)},
         lambda weights: {"ema": dict.fromkeys(weights, torch.zeros(1)), "state_dict": weights},
         lambda weights: {"weights": weights, "args": {"depth": 20}, "optimizer": ADAM},
         lambda weights: {"checkpoint": {"net": weights, "acc": 93.1}, "optimizer": ADAM},
         lambda weights: {"state_dict": weights, "optimizer_states": [ADAM], "callbacks": {"a": {}}},
     ],
-    ids=[
-        *("bare", "state_dict", "net", "model", "model_state_dict", "beside another", "other key"),
-        *("nested", "Lightning"),
-    ],
+    ids=["bare", "net", "beside another", "other key", "nested", "Lightning"],
 )
 def test_wrappers_are_removed(wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> None:
     weights = small_network().state_dict()
@@ -239,18 +233,12 @@ def changed(*without: str, **more: Tensor) -> dict[str, Tensor]:
     ("content", "keys"),
     [
         ({"features.0.weight": torch.zeros(64, 3, 3, 3)}, "features.0.weight"),
-        (
-            changed("linear"),
-            "conv1.weight, bn1.weight, bn1.bias, bn1.running_mean, "
-            "bn1.running_var, bn1.num_batches_tracked, …",
-        ),
         ({"teacher": changed(), "student": changed(), "epoch": 1}, "teacher, student, epoch"),
         ({"teacher": {"net": changed()}, "student": {"net": changed()}}, "teacher, student"),
         (
             {"both": {f"{net}{k}": v for net in ("net.", "model.") for k, v in changed().items()}},
             "both",
         ),
-        ({3: None}, "3"),
         ({}, "none"),
     ],
 )
@@ -273,15 +261,16 @@ def test_other_projects_blocks_that_may_differ_are_refused(weights: dict[str, Te
         convert_state_dict(weights)
 
 
-@pytest.mark.parametrize("name", ["conv1.weight", "bn1.bias", "linear.weight", "layer2.0.bn2.bias"])
-@pytest.mark.parametrize("shape", [(2,), (1, 2, 3, 4, 5)])
-def test_wrong_shapes_are_named_by_the_loader(name: str, shape: tuple[int, ...]) -> None:
-    checkpoint = convert_state_dict(changed() | {name: torch.zeros(shape)})
-    own_names = {"conv1.weight": "conv.weight", "bn1.bias": "bn.bias", "linear.weight": "fc.weight"}
-    with pytest.raises(ValueError, match=f"network.{own_names.get(name, name)}"):
-        ResNetModule.from_checkpoint(checkpoint)
-
-
-def test_a_missing_stage_is_named_by_the_loader() -> None:
-    with pytest.raises(ValueError, match=r"network\.layer3\.0\.conv1\.weight"):
-        ResNetModule.from_checkpoint(convert_state_dict(changed("layer3")))
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        (changed("layer3"), "layer3.0.conv1.weight"),
+        (changed(layer2__0__bn2__bias=torch.zeros(2)), "layer2.0.bn2.bias"),
+        (changed(linear__weight=torch.zeros(2)), "fc.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_by_the_loader(
+    weights: dict[str, Tensor], name: str
+) -> None:
+    with pytest.raises(UserError, match=rf"network\.{name}"):
+        ResNetModule.from_checkpoint(convert_state_dict(weights))

@@ -1,7 +1,5 @@
 """export.py: the files compute what the network computes, and need nothing of this project."""
 
-import contextlib
-import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -48,21 +46,20 @@ def noise(count: int, size: int = 32) -> Tensor:
 
 
 class Exported(NamedTuple):
-    """A network, the file that it was exported to, and what the script has printed and warned."""
+    """A network, the file that it was exported to, and the script's warnings."""
 
     module: ResNetModule
     file: Path
-    out: str
     warnings: Sequence[warnings.WarningMessage]
 
 
 def run_export(folder: Path, file: str, *args: str, **data: Any) -> Exported:
-    module, out = save(folder / "best.ckpt", **data), io.StringIO()
+    module = save(folder / "best.ckpt", **data)
     command = [f"--ckpt={folder / 'best.ckpt'}", f"--output={folder / file}", *args]
-    with warnings.catch_warnings(record=True) as found, contextlib.redirect_stdout(out):
+    with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         export.main(command)
-    return Exported(module, folder / file, out.getvalue(), found)
+    return Exported(module, folder / file, found)
 
 
 @pytest.fixture(scope="module")
@@ -90,44 +87,32 @@ def test_classifier_matches_torchvisions_preprocessing(
     torch.testing.assert_close(found, expected(module, images, evaluation), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("count", [1, 7])
-def test_onnx_file_computes_the_networks_probabilities(onnx_export: Exported, count: int) -> None:
+def test_onnx_file_computes_the_networks_probabilities(onnx_export: Exported) -> None:
+    """And describes itself."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(onnx_export.file)
-    images = noise(count)
-    (found,) = session.run(["probabilities"], {"images": images.numpy()})
-    reference = expected(onnx_export.module, images, "zoom")
-    torch.testing.assert_close(torch.from_numpy(found), reference, atol=1e-5, rtol=0)
-
-
-def test_onnx_file_describes_itself(onnx_export: Exported) -> None:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(onnx_export.file)
-    (images,), (probabilities,) = session.get_inputs(), session.get_outputs()
-    assert (images.type, images.shape) == ("tensor(uint8)", ["batch", 3, 32, 32])
+    for count in (1, 7):
+        images = noise(count)
+        (found,) = session.run(["probabilities"], {"images": images.numpy()})
+        reference = expected(onnx_export.module, images, "zoom")
+        torch.testing.assert_close(torch.from_numpy(found), reference, atol=1e-5, rtol=0)
+    (given,), (probabilities,) = session.get_inputs(), session.get_outputs()
+    assert (given.type, given.shape) == ("tensor(uint8)", ["batch", 3, 32, 32])
     assert probabilities.shape == ["batch", len(NAMES)]
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
-    text = "model.onnx: uint8 images (N, 3, 32, 32) to probabilities of 3 classes, at most"
-    assert text in onnx_export.out
-    assert [path.name for path in sorted(onnx_export.file.parent.iterdir())] == [
-        "best.ckpt",
-        "model.onnx",
-    ]
+    files = sorted(path.name for path in onnx_export.file.parent.iterdir())
+    assert files == ["best.ckpt", "model.onnx"]
 
 
-@pytest.mark.parametrize("count", [1, 7])
-def test_pt2_file_computes_the_networks_probabilities(pt2_export: Exported, count: int) -> None:
-    images = noise(count, 48)
-    found = torch.export.load(pt2_export.file).module()(images / 255)
-    reference = expected(pt2_export.module, images, "native")
-    torch.testing.assert_close(found, reference, atol=1e-5, rtol=0)
-
-
-def test_pt2_file_has_class_names_and_no_images(pt2_export: Exported) -> None:
+def test_pt2_file_computes_the_networks_probabilities(pt2_export: Exported) -> None:
+    """And has the names of the classes, but no images."""
     extra = {"class_names.json": ""}
-    torch.export.load(pt2_export.file, extra_files=extra)
+    network = torch.export.load(pt2_export.file, extra_files=extra).module()
+    for count in (1, 7):
+        images = noise(count, 48)
+        reference = expected(pt2_export.module, images, "native")
+        torch.testing.assert_close(network(images / 255), reference, atol=1e-5, rtol=0)
     assert json.loads(extra["class_names.json"]) == NAMES
     assert pt2_export.file.stat().st_size < 2**20
 
@@ -192,13 +177,7 @@ def test_images_to_compare_on_are_the_same_each_time_and_varied() -> None:
     ("args", "message"),
     [
         (["--output=model.h5"], "argument --output: 'model.h5' must end in .onnx or .pt2"),
-        (["--output=m.pt2", "--pixels=int8"], "argument --pixels: invalid choice: 'int8'"),
-        (["--output=m.pt2", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
-        (
-            ["--output=m.pt2", "--ckpt=best"],
-            "no run in lightning_logs/ has a best.ckpt: train one with",
-        ),
-        ([], "the following arguments are required: --output"),
+        (["--output=m.pt2", "--ckpt=best"], "no run in lightning_logs/ has a best.ckpt: train"),
     ],
 )
 def test_user_errors_are_one_line(

@@ -60,13 +60,6 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert np.array_equal(rotated, np.rot90(noise(40, 30), -1))
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
-def test_first_frame_is_used(tmp_path: Path, name: str) -> None:
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    frame = pixels(red, tmp_path / name, save_all=True, append_images=[blue], lossless=True)
-    assert np.abs(frame - np.array([255.0, 0, 0])).max() < 5
-
-
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
     Image.fromarray(noise(40, 30)).save(tmp_path / "whole.png")
     for content in (b"", b"no image", (tmp_path / "whole.png").read_bytes()[:1000]):

@@ -80,36 +80,14 @@ def test_table_has_file_names_that_are_not_utf_8(
     assert b"caf\xe9.png" in Path("out.csv").read_bytes()
 
 
-def test_json_has_the_same_rows(module: ResNetModule) -> None:
-    assert predict.main(["pets/b.png", "--ckpt=best.ckpt", "--output=out.json"]) == 0
-    row = json.loads(Path("out.json").read_text(encoding="utf-8"))[0]
-    (first, share), (second, _), *_ = expected(module, "pets/b.png")
+def test_images_of_the_newest_runs_size_go_to_json(module: ResNetModule) -> None:
+    best = Path("lightning_logs/version_0/checkpoints/best.ckpt")
+    save_checkpoint(best, module, NAMES, image_size=48)
+    assert predict.main(["pets/b.png", "--output=out.json"]) == 0
+    (row,) = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    (first, share), (second, _), *_ = expected(module, "pets/b.png", size=48)
     assert [row["file"], row["class"], row["class_2"]] == ["pets/b.png", first, second]
     assert row["probability"] == pytest.approx(share, abs=1e-4)
-
-
-def test_images_have_the_size_of_the_training(module: ResNetModule) -> None:
-    save_checkpoint(Path("large.ckpt"), module, NAMES, image_size=48)
-    assert predict.main(["pets/b.png", "--ckpt=large.ckpt", "--output=out.json"]) == 0
-    (row,) = json.loads(Path("out.json").read_text(encoding="utf-8"))
-    name, share = expected(module, "pets/b.png", size=48)[0]
-    assert row["class"] == name
-    assert row["probability"] == pytest.approx(share, abs=1e-4)
-
-
-def test_default_checkpoint_is_the_best_of_the_newest_run(
-    module: ResNetModule, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_checkpoint(Path("lightning_logs/version_10/checkpoints/best.ckpt"), module, NAMES)
-    module.network.fc.bias.data.add_(torch.tensor([0, 0, 0, 1e4]))
-    save_checkpoint(Path("lightning_logs/version_9/checkpoints/best.ckpt"), module, NAMES)
-    assert predict.main(["pets/a.png", "--output=out.json"]) == 0
-    assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["probability"] < 1
-    save_checkpoint(Path("lightning_logs/version_11/checkpoints/best.ckpt"), module, NAMES)
-    assert predict.main(["pets/a.png", "--output=out.json"]) == 0
-    assert json.loads(Path("out.json").read_text(encoding="utf-8"))[0]["class"] == NAMES[3]
-    chosen = [f"Checkpoint: lightning_logs/version_{n}/checkpoints/best.ckpt" for n in (10, 11)]
-    assert capsys.readouterr().err.splitlines() == chosen
 
 
 def test_other_projects_weights_see_images_of_the_original_size(module: ResNetModule) -> None:
@@ -141,43 +119,19 @@ def test_unreadable_files_are_named_and_the_rest_is_done(
     assert [line.split()[1] for line in lines] == ["pets/cut.png", "pets/empty.png", "notes.txt"]
     assert out.count("\n") == 1 + 3
     assert Path("out.csv").read_text().count("\n") == 1 + 3
-
-
-def test_no_table_without_a_readable_file(
-    module: ResNetModule, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("notes.txt").write_text("no image")
-    assert predict.main(["notes.txt", "--ckpt=best.ckpt", "--output=out.csv"]) == 1
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert not Path("out.csv").exists()
+    assert predict.main(["notes.txt", "--ckpt=best.ckpt", "--output=none.csv"]) == 1
+    assert capsys.readouterr().out == ""
+    assert not Path("none.csv").exists()
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["pets", "--output=o.txt"], "argument --output: 'o.txt' must end in .csv or .json"),
-        ([], "the following arguments are required: images"),
         (["nowhere.png"], "there is no image at 'nowhere.png'"),
-        (["pets", "--ckpt=no.ckpt"], "ckpt is 'no.ckpt': there is no such file"),
         (["pets", "--ckpt=best"], "no run in lightning_logs/ has a best.ckpt: train one"),
-        (["pets", "--ckpt=pets/a.png"], "pets/a.png is not a checkpoint"),
-        (
-            ["pets", "--ckpt=vgg.pth"],
-            "vgg.pth is not a network of this project, or several",
-        ),
-        (
-            ["pets", "--ckpt=bare.pth", "--input_mean", *"111", "--input_std", *"101"],
-            "argument --input_std: invalid PositiveFloat value: '0'",
-        ),
-        (
-            ["pets", "--ckpt=bare.pth", "--input_mean", *"111"],
-            "input_mean and input_std belong together",
-        ),
-        (
-            ["pets", "--ckpt=bare.pth", "--input_std", *"111"],
-            "input_mean and input_std belong together",
-        ),
+        (["pets", "--ckpt=vgg.pth"], "vgg.pth is not a network of this project, or several"),
+        (["pets", "--ckpt=bare.pth", "--input_std", *"111"], "input_mean and input_std belong"),
     ],
 )
 def test_user_errors_are_one_line(
@@ -191,18 +145,6 @@ def test_user_errors_are_one_line(
     assert end.value.code == 1
     assert err.startswith(f"error: {message}")
     assert (out, err.count("\n")) == ("", 1)
-
-
-def test_a_table_that_cannot_be_written_is_one_line(
-    module: ResNetModule, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("out.csv").mkdir()
-    with pytest.raises(SystemExit) as end:
-        predict.main(["pets/a.png", "--ckpt=best.ckpt", "--output=out.csv"])
-    err = capsys.readouterr().err
-    assert end.value.code == 1
-    assert err.startswith("error: out.csv could not be written")
-    assert err.count("\n") == 1
 
 
 def test_scaling_of_other_projects_weights(
