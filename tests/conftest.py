@@ -36,6 +36,13 @@ torch.set_num_threads(1)  # the networks here are too small to share out
 TRAIN_IMAGES, TEST_IMAGES = 250, 60
 FLOAT32 = "--trainer.precision=32-true"  # whether the CPU has bf16 or not
 TINY = ["--model.layers=[1,1,1]", "--model.width=4", FLOAT32]
+QUIET: dict[str, Any] = {  # of a Trainer that writes and prints nothing
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 SMALL_DIGITS = ["--data.dataset=digits", "--data.val_size=200", "--data.batch_size=200", *TINY]
 
 
@@ -62,19 +69,11 @@ def write_cifar(root: Path, source: type[CIFAR10], patch: pytest.MonkeyPatch) ->
     folder.mkdir(parents=True)
     names = [name for name, _ in source.train_list]
     count = TRAIN_IMAGES // len(names)
-    patch.setattr(
-        source,
-        "train_list",
-        [write_batch(folder / name, count, classes, label_key) for name in names],
-    )
-    patch.setattr(
-        source,
-        "test_list",
-        [
-            write_batch(folder / name, TEST_IMAGES, classes, label_key)
-            for name, _ in source.test_list
-        ],
-    )
+    train = [write_batch(folder / name, count, classes, label_key) for name in names]
+    patch.setattr(source, "train_list", train)
+    (name, _), *_ = source.test_list
+    test = [write_batch(folder / name, TEST_IMAGES, classes, label_key)]
+    patch.setattr(source, "test_list", test)
     meta = folder / source.meta["filename"]
     meta.write_bytes(pickle.dumps({source.meta["key"]: [f"class {i}" for i in range(classes)]}))
     md5 = hashlib.md5(meta.read_bytes()).hexdigest()

@@ -15,12 +15,8 @@ import numpy as np
 import pytest
 import sides
 import speed
-import torch
 from conftest import SMALL_DIGITS, Run
 from scipy import stats
-from torchvision.datasets import CIFAR10
-
-from cifar_resnet.datasets import DATASETS
 
 BENCHMARKS = Path(speed.__file__).parent
 
@@ -126,28 +122,6 @@ def test_measured_run_is_skipped(
     assert "267 and 267 minutes" in out  # 80 times 50,000 images at 250 a second
 
 
-@pytest.mark.slow
-def test_signal_ends_the_running_command_too(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    (tmp_path / "train.py").write_text(
-        f"import os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
-    )
-    (tmp_path / "start.py").write_text(
-        "import accuracy, pathlib\n"
-        f"accuracy.PROJECT = pathlib.Path({str(tmp_path)!r})\naccuracy.main()"
-    )
-    command = [sys.executable, "start.py", "recipe.yaml", "--results", str(tmp_path / "results")]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
-    while not (pid_file.is_file() and pid_file.read_text()):
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.terminate()
-    assert process.wait(30) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid_file.read_text()), 0)
-
-
 def test_turns_are_timed_one_by_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,20 +152,6 @@ def test_sides_take_turns_after_a_warm_up(tmp_path: Path) -> None:
     assert turns.read_text() == "CDCDCD"
     assert speeds == {"C": [20, 60], "D": [10, 40]}
     assert speed.divide(speeds) == {"C/D": [2, 1.5]}
-
-
-def test_random_images_replace_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DATASETS, "cifar10", None)  # undone at the end
-    images, labels = next(iter(sides.per_image_loader(str(tmp_path), num_workers=0)))
-    assert (images.shape, images.dtype) == ((100, 3, 32, 32), torch.float32)
-    assert 0 <= images.min() < images.max() <= 1
-    assert labels.shape == (100,)
-    dataset = DATASETS["cifar10"]
-    ours = dataset.load(tmp_path, train=True)
-    assert (ours.images.shape, ours.images.dtype) == ((50_000, 3, 32, 32), torch.uint8)
-    assert len(ours.class_names) == dataset.num_classes == 10
-    (tmp_path / CIFAR10.base_folder).mkdir()
-    assert sides.find_source(str(tmp_path)) is CIFAR10
 
 
 @pytest.mark.slow

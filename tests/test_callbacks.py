@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DigitsRun, Run
+from conftest import QUIET, DigitsRun, Run
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -46,15 +46,9 @@ def fit(
 ) -> Trainer:
     """Two epochs with these callbacks alone; `options` are the module's `lr_…` and Trainer's."""
     schedule = {name: options.pop(name) for name in [*options] if name.startswith("lr_")}
-    defaults: dict[str, Any] = {"max_epochs": 2, "logger": False, "default_root_dir": root}
-    trainer = Trainer(
-        accelerator="cpu",
-        callbacks=[*used],
-        enable_checkpointing=any(isinstance(callback, EpochCheckpoint) for callback in used),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **(defaults | options),
-    )
+    defaults = {**QUIET, "max_epochs": 2, "default_root_dir": root}
+    defaults["enable_checkpointing"] = any(isinstance(each, EpochCheckpoint) for each in used)
+    trainer = Trainer(callbacks=[*used], **(defaults | options))
     data = CIFARDataModule(str(root), val_size=val_size, batch_size=64, eval_batch_size=20)
     trainer.fit(ResNetModule(layers=(1, 1, 1), width=4, **schedule), data, ckpt_path=ckpt)
     return trainer

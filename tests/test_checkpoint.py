@@ -75,22 +75,14 @@ def test_code_in_a_checkpoint_never_runs(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a checkpoint"),
-        (b"some text", "is not a checkpoint"),
-        ("truncated", "is not a checkpoint"),
-        (torch.zeros(3), "holds a Tensor"),
+        (OLDER.read_bytes()[:5000], "is not a checkpoint"),
         ([1, 2], "holds a list"),
-        (
-            {"pytorch-lightning_version": "2.6", "state_dict": {}},
-            "is not a network of this project",
-        ),
+        ({"pytorch-lightning_version": "2.6", "state_dict": {}}, "is not a network of this"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "bad.ckpt"
-    if content == "truncated":
-        path.write_bytes(OLDER.read_bytes()[:5000])
-    elif isinstance(content, bytes):
+    if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
@@ -141,7 +133,7 @@ def test_first_weight_that_does_not_fit_is_named() -> None:
     ]:  # fmt: skip
         with pytest.raises(UserError, match=rf"state_dict .*{name}"):
             load_weights(module, {"state_dict": given})
-    # Files of PyTorch 0.3, such as the note's, have no counters.
+    # Files of PyTorch 0.3, such as the original script's, have no counters.
     without = {k: v for k, v in state.items() if "num_batches" not in k}
     load_weights(ResNetModule(**options), {"state_dict": without})
 

@@ -59,6 +59,7 @@ def test_checkpoint_brings_its_options(run: Run, best: Path) -> None:
     assert report["images"] == 360
     assert report["data"]["evaluation"] == "zoom"
     assert f"test/acc {report['acc']:.4f}" in outcome.out
+    assert report["acc"] > 0.15  # it has learnt something in its three epochs
     assert run("test", "--ckpt", str(best), "--data.evaluation=native").code == 0
     native = json.loads(best.with_name("test.json").read_text())
     assert native["data"]["evaluation"] == "native"
@@ -162,17 +163,6 @@ def test_changed_data_are_reported(run: Run, digits_run: DigitsRun) -> None:
         option = "Note: data.augmentation is pad, and was zoom so far in this run"
         for note in (option, "Note: the images are not those"):
             assert (note in outcome.out) == expected
-
-
-def test_without_validation_the_last_is_tested(run: Run) -> None:
-    outcome = run("fit", *SMALL_DIGITS, "--data.val_size=0", "--trainer.max_epochs=2")
-    assert outcome.code == 0, outcome.err
-    assert "val/" not in outcome.out
-    folder = Path("lightning_logs/version_0/checkpoints")
-    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
-    tested = run("test", "--ckpt")
-    assert tested.code == 0, tested.err
-    assert json.loads((folder / "test.json").read_text())["checkpoint"].endswith("last.ckpt")
 
 
 def test_checkpoint_in_a_configuration_is_refused(run: Run, best: Path) -> None:
@@ -292,13 +282,11 @@ def test_errors_are_one_line(run: Run, options: str, message: str) -> None:
     ("accelerator", "gpu", "cpu", "precision"),
     [
         ("auto", None, None, "32-true"),
-        ("auto", None, "avx512_bf16", "bf16-mixed"),
         ("auto", None, "amx_bf16", "bf16-mixed"),
         ("gpu", "with bf16", None, "bf16-mixed"),
         ("auto", "without", "avx512_bf16", "32-true"),
         ("auto", "Apple's", "avx512_bf16", "32-true"),
         ("cpu", "with bf16", None, "32-true"),
-        ("cpu", "without", "amx_bf16", "bf16-mixed"),
     ],
 )
 def test_default_precision_is_what_the_device_computes_in(
@@ -377,16 +365,6 @@ def test_recipe_trains(run: Run, cifar10: Path, recipe: Path) -> None:
     assert outcome.code == 0, outcome.err
     last = read_checkpoint(Path("lightning_logs/version_0/checkpoints/last.ckpt"))
     assert last["global_step"] == 2
-
-
-def test_digits_recipe_learns(run: Run) -> None:
-    recipe = str(PROJECT / "recipes/digits.yaml")
-    short = ["--trainer.max_epochs=4", "--model.layers=[1,1,1]", "--model.width=8"]
-    outcome = run("fit", "--config", recipe, *short)
-    assert outcome.code == 0, outcome.err
-    run("test", "--ckpt")
-    report = json.loads(Path("lightning_logs/version_0/checkpoints/test.json").read_text())
-    assert report["acc"] > 0.6
 
 
 def test_help_lists_every_option(run: Run) -> None:

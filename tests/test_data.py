@@ -3,13 +3,12 @@
 import hashlib
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_IMAGES
+from conftest import QUIET, TRAIN_IMAGES
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
@@ -48,15 +47,7 @@ class Recorder(LightningModule):
 
 
 def trainer(epochs: int = 1) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    return Trainer(max_epochs=epochs, num_sanity_val_steps=0, **QUIET)
 
 
 def fit(data: CIFARDataModule, epochs: int = 1) -> Recorder:
@@ -269,16 +260,6 @@ def test_own_validation_images_replace_the_split(
     assert len(said) == 2
 
 
-def test_without_validation_own_validation_images_are_left_out(
-    pets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cifar_datamodule, "rank_zero_info", pytest.fail)
-    (pets / "val/cat/0.png").write_bytes(b"no image")
-    data = CIFARDataModule(dataset=str(pets), val_size=0)
-    assert not fit(data).seen["val"]
-    assert len(data.train_set) == 12
-
-
 def test_checksum_is_of_all_images_but_the_tests_or_of_the_tests(pets: Path) -> None:
     def checksum(stage: str, val_size: int = 4) -> str:
         data = CIFARDataModule(dataset=str(pets), val_size=val_size)
@@ -348,17 +329,6 @@ def test_image_size_resizes_what_is_loaded(cifar10: Path) -> None:
     seen = fit(data).seen
     assert seen["train"][0][0].shape == (100, 3, 64, 64)
     assert seen["val"][0][0].shape == (50, 3, 80, 80)
-
-
-@pytest.mark.parametrize(("size", "expected"), [(16, 1000), (32, 1000), (64, 250)])
-def test_evaluation_batches_of_another_device_are_large(
-    cifar10: Path, size: int, expected: int
-) -> None:
-    data: Any = CIFARDataModule(str(cifar10), val_size=50, image_size=size)
-    data.setup("fit")
-    strategy = SimpleNamespace(root_device=torch.device("cuda"))
-    data.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
-    assert data.val_dataloader().batch_size == expected
 
 
 @pytest.mark.parametrize("val_size", [5, 246, 250, 5000])

@@ -171,27 +171,3 @@ def test_images_to_compare_on_are_the_same_each_time_and_varied() -> None:
     levels = export.random_images(32, "uint8")
     assert levels.dtype == torch.uint8
     torch.testing.assert_close(levels / 255, images, atol=0.5 / 255 + 1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--output=model.h5"], "argument --output: 'model.h5' must end in .onnx or .pt2"),
-        (["--output=m.pt2", "--ckpt=best"], "no run in lightning_logs/ has a best.ckpt: train"),
-    ],
-)
-def test_user_errors_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    args: list[str],
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        export.main(args)
-    out, err = capsys.readouterr()
-    assert end.value.code == 1
-    assert err.startswith(f"error: {message}")
-    assert (out, err.count("\n")) == ("", 1)
-    assert list(tmp_path.iterdir()) == []

@@ -79,18 +79,3 @@ def test_state_that_is_loaded_goes_on_alike(gradients: list[Tensor]) -> None:
     train(optimizer, whole, gradients[2:])
     train(resumed, halves, gradients[2:])
     assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
-
-
-def test_closure_is_called_once() -> None:
-    kernel, calls = parameter(8, 4, 3, 3), list[int]()
-
-    def closure() -> float:
-        calls.append(1)
-        loss = kernel.square().sum()
-        loss.backward()
-        return loss.item()
-
-    assert ConvMuon([parameter(8, 3, 3, 3), kernel]).step(closure) == pytest.approx(
-        float(parameter(8, 4, 3, 3).square().sum())
-    )
-    assert calls == [1]

@@ -140,15 +140,6 @@ def test_stages_halve_the_image_and_double_the_channels(
         assert x.shape == (1, expansion * channels, side, side)
 
 
-def test_pooling_is_global() -> None:
-    network = ResNet((1, 1, 1), width=4).eval()
-    images = torch.rand(2, 3, 48, 40)
-    maps: list[Tensor] = []
-    network.layer3.register_forward_hook(lambda _, __, output: maps.append(output))
-    logits = network(images)
-    torch.testing.assert_close(logits, network.fc(F.adaptive_avg_pool2d(maps[0], 1).flatten(1)))
-
-
 @pytest.mark.parametrize(
     ("kind", "narrowed"),
     [

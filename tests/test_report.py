@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from sklearn.calibration import calibration_curve
@@ -132,15 +133,7 @@ def test_collector_collects_the_last_loop_and_means_with_mirror_images(
     torch.manual_seed(0)
     module, images, labels = LinearModule(), torch.randn(10, 3, 4, 4), torch.arange(10) % 3
     collector = PredictionCollector(mirror)
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        callbacks=[collector],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = Trainer(precision=precision, callbacks=[collector], **QUIET)
     for _ in range(2):  # the result is that of the last loop alone
         loader = DataLoader(TensorDataset(images, labels), batch_size=4)
         getattr(trainer, verb)(module, loader)

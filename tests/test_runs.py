@@ -65,17 +65,6 @@ def test_resumed_run_keeps_folder_and_best_with_any_logger(
     assert f"Checkpoint: {best}\n" in tested.out
 
 
-def test_checkpoint_named_by_a_metric_has_a_folder(run: Run, small: list[str]) -> None:
-    """The names of all metrics here hold a slash."""
-    own = ["=ModelCheckpoint", ".monitor=val/loss", ".filename=e{epoch}-{val/loss:.3f}"]
-    options = [*small, *(f"--trainer.callbacks{o}" for o in own), "--trainer.max_epochs=1"]
-    assert run("fit", *options).code == 0
-    (saved,) = (RUN / "more_checkpoints").glob("eepoch=0-val/loss=*.ckpt")
-    tested = run("test", "--ckpt", str(saved))
-    assert tested.code == 0, tested.err
-    assert f"Checkpoint: {saved}\n" in tested.out
-
-
 def test_checkpoints_of_the_user_leave_the_runs_own_alone(run: Run, small: list[str]) -> None:
     """Whatever they are called; each has the name of its optimizer step."""
     own = ["=ModelCheckpoint", ".every_n_train_steps=3", ".save_top_k=-1", ".save_last=true"]
@@ -234,7 +223,6 @@ def test_root_in_a_configuration_is_where_runs_are_looked_for(
     shutil.copytree("home/runs/lightning_logs", LOGS)
     best = str(RUN / "checkpoints/best.ckpt")
     for options, found in (
-        (["--config=c.yaml"], f"home/runs/{best}"),
         (["--config=c.yaml", "--trainer.default_root_dir=."], best),
         (["--trainer.default_root_dir=.", "--config=c.yaml"], f"home/runs/{best}"),
     ):

@@ -1,11 +1,8 @@
 """A run in TensorBoard: what is logged and drawn, and what a user sees in a real browser.
 
-The browser takes Chromium and `pip install -e ".[browser]"`. Screenshots go to the folder that
-TENSORBOARD_SCREENSHOTS names, if it names one.
+The browser takes Chromium and `pip install -e ".[browser]"`.
 """
 
-import contextlib
-import os
 import re
 import shutil
 import subprocess
@@ -129,45 +126,40 @@ def page(address: str) -> Iterator[Any]:
         browser.close()
 
 
-@contextlib.contextmanager
-def dashboard(page: Any, name: str) -> Iterator[None]:
-    """Opens one of TensorBoard's pages, and takes its screenshot at the end."""
+def open_dashboard(page: Any, name: str) -> None:
     page.goto("about:blank")
     page.goto(f"/#{name}")
-    yield
-    if folder := os.environ.get("TENSORBOARD_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 @pytest.mark.slow
 def test_browser_shows_curves_and_pictures(page: Any) -> None:
-    with dashboard(page, "timeseries"):
-        for tag in ("images_per_second", "train/acc", "val/loss", "val_class/7"):
-            # Cards are only made when in sight.
-            page.get_by_role("combobox", name="Filter tags").fill(tag)
-            page.locator("card-view", has_text=tag).locator("svg").first.wait_for()
-    with dashboard(page, "custom_scalars"):
-        for title in ("loss", "accuracy", "of each class"):
-            page.get_by_text(title, exact=True).first.wait_for()
-        page.get_by_text("Matches (2)").first.wait_for()  # training and validation
-        page.get_by_text("Matches (10)").first.wait_for()  # the classes
-    with dashboard(page, "images"):
-        for tag in ("augmented batch", "val/confusion matrix", "val/reliability"):
-            page.get_by_text(tag, exact=True).first.wait_for()
-        picture = page.locator("img[src*='individualImage']").first
-        picture.wait_for()
-        page.wait_for_function("e => e.naturalWidth > 300", arg=picture.element_handle())
+    open_dashboard(page, "timeseries")
+    for tag in ("images_per_second", "train/acc", "val/loss", "val_class/7"):
+        # Cards are only made when in sight.
+        page.get_by_role("combobox", name="Filter tags").fill(tag)
+        page.locator("card-view", has_text=tag).locator("svg").first.wait_for()
+    open_dashboard(page, "custom_scalars")
+    for title in ("loss", "accuracy", "of each class"):
+        page.get_by_text(title, exact=True).first.wait_for()
+    page.get_by_text("Matches (2)").first.wait_for()  # training and validation
+    page.get_by_text("Matches (10)").first.wait_for()  # the classes
+    open_dashboard(page, "images")
+    for tag in ("augmented batch", "val/confusion matrix", "val/reliability"):
+        page.get_by_text(tag, exact=True).first.wait_for()
+    picture = page.locator("img[src*='individualImage']").first
+    picture.wait_for()
+    page.wait_for_function("e => e.naturalWidth > 300", arg=picture.element_handle())
 
 
 @pytest.mark.slow
 def test_browser_shows_command_graph_and_hparams(page: Any) -> None:
-    with dashboard(page, "text"):
-        page.get_by_text("train.py fit --data.dataset=digits").first.wait_for()
-        page.get_by_text("max_epochs: 3").first.wait_for()
-    with dashboard(page, "graphs"):
-        page.locator("text", has_text="ResNet").first.wait_for()
-    with dashboard(page, "hparams"):
-        for column in ("optimizer", "hp/best_val/acc"):
-            page.get_by_text(column).first.wait_for(state="attached")
-        page.get_by_role("checkbox", name="dataset").click()  # at first it shows five columns
-        page.get_by_text("digits", exact=True).first.wait_for()
+    open_dashboard(page, "text")
+    page.get_by_text("train.py fit --data.dataset=digits").first.wait_for()
+    page.get_by_text("max_epochs: 3").first.wait_for()
+    open_dashboard(page, "graphs")
+    page.locator("text", has_text="ResNet").first.wait_for()
+    open_dashboard(page, "hparams")
+    for column in ("optimizer", "hp/best_val/acc"):
+        page.get_by_text(column).first.wait_for(state="attached")
+    page.get_by_role("checkbox", name="dataset").click()  # at first it shows five columns
+    page.get_by_text("digits", exact=True).first.wait_for()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import QUIET
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -30,17 +31,9 @@ GIVEN: dict[str, Any] = {"input_mean": (0.1, 0.2, 0.3), "input_std": (0.4, 0.5, 
 
 
 def fit(module: ResNetModule, data: Any, folder: Path, epochs: int = 2, **options: Any) -> Trainer:
-    trainer = Trainer(
-        **options,
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=CSVLogger(folder, name=None, version=""),
-        callbacks=[CycleLengthCheck()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    logger = CSVLogger(folder, name=None, version="")
+    defaults = {**QUIET, "logger": logger, "log_every_n_steps": 1}
+    trainer = Trainer(max_epochs=epochs, callbacks=[CycleLengthCheck()], **(defaults | options))
     trainer.fit(module, data)
     return trainer
 
