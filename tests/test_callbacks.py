@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -234,16 +233,6 @@ def test_run_out_of_time_says_so_and_shows_no_time_left_at_its_end(
     assert re.fullmatch(rf"Epoch 1(/9)?  train/loss .* images/s{left}", first)
     assert re.fullmatch(r"Epoch 2(/9)?  train/loss .* images/s", second)
     assert "The run was ended by trainer.max_time\nBest" in outcome.out
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_bar_is_for_terminals(
-    run: Run, small: list[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
-) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    outcome = run("fit", *small, "--trainer.max_epochs=1")
-    assert outcome.code == 0, outcome.err
-    assert ("it/s" in outcome.out) == terminal
 
 
 def test_time_left_follows_from_the_epochs_since_the_resume(

@@ -1,8 +1,6 @@
 """export.py: the files compute what the network computes, and need nothing of this project."""
 
 import json
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,20 +44,17 @@ def noise(count: int, size: int = 32) -> Tensor:
 
 
 class Exported(NamedTuple):
-    """A network, the file that it was exported to, and the script's warnings."""
+    """A network and the file that it was exported to."""
 
     module: ResNetModule
     file: Path
-    warnings: Sequence[warnings.WarningMessage]
 
 
 def run_export(folder: Path, file: str, *args: str, **data: Any) -> Exported:
     module = save(folder / "best.ckpt", **data)
     command = [f"--ckpt={folder / 'best.ckpt'}", f"--output={folder / file}", *args]
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        export.main(command)
-    return Exported(module, folder / file, found)
+    export.main(command)
+    return Exported(module, folder / file)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +117,6 @@ def test_files_hold_no_paths_of_this_machine(onnx_export: Exported, pt2_export: 
         assert b"conv2d" in content  # it is not compressed
         for package in (export, torch):
             assert str(Path(package.__file__).parent).encode() not in content
-
-
-def test_export_does_not_warn(onnx_export: Exported, pt2_export: Exported) -> None:
-    found = [*onnx_export.warnings, *pt2_export.warnings]
-    assert [str(warning.message) for warning in found] == []
 
 
 def test_a_file_that_differs_from_pytorch_is_not_written(

@@ -300,15 +300,6 @@ def test_evaluation_is_not_compiled(
     assert set(trained) == {True}
 
 
-@pytest.mark.slow  # starts a compiler
-def test_module_compiled_as_a_whole_validates(cifar10: Path, tmp_path: Path) -> None:
-    torch.compiler.reset()
-    module = torch.compile(ResNetModule(**SMALL), backend="eager")
-    trainer = fit(module, small_data(cifar10), tmp_path, epochs=1)
-    (result,) = trainer.validate(module, small_data(cifar10), verbose=False)
-    assert "val/acc" in result
-
-
 def test_only_fit_compiles(cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[tuple[str, bool]] = []
     monkeypatch.setattr(
