@@ -67,7 +67,7 @@ class InMemoryDataset(Dataset[Batch]):
 
 
 class CIFARDataModule(LightningDataModule):
-    """CIFAR-10, CIFAR-100, handwritten digits or one's own images, for a classifier.
+    """CIFAR-10, other small data sets or one's own images, for a classifier.
 
     With a Trainer, batches reach the model as (images, labels): float32 (N, 3, H, W) in [0, 1] and
     int64 (N,), or float32 (N, num_classes) where training images are mixed. Training images are
@@ -105,8 +105,8 @@ class CIFARDataModule(LightningDataModule):
             or the `crop` at the zoomed image's centre. `auto` shows objects at the scale of the
             training: `zoom` where the augmentation is zoom, else `native`.
         seed: Decides the order and the augmentation of the training images.
-        urls: Addresses of the data set's files, tried before the known ones. What they send is held
-            against the same checksum. No part of a checkpoint.
+        urls: Addresses of the data set's files, tried before the known ones. What they send is
+            checked against the same checksum. Not saved in checkpoints.
     """
 
     class_names: list[str]
@@ -144,7 +144,7 @@ class CIFARDataModule(LightningDataModule):
         """Number of classes of the data set.
 
         Raises:
-            ValueError: If there is no such data set.
+            UserError: If there is no such data set.
         """
         return self._dataset.num_classes
 
@@ -168,8 +168,8 @@ class CIFARDataModule(LightningDataModule):
         self._dataset.prepare(self.root, self.urls)
 
     def setup(self, stage: str) -> None:
-        """Loads into memory what `stage` (fit, validate, test or predict) needs."""
-        if stage in ("test", "predict"):
+        """Loads into memory what `stage` (fit, validate or test) needs."""
+        if stage == "test":
             data = self._record_and_resize(self._dataset.load(self.root, train=False))
             self.test_set = InMemoryDataset(data.images, data.labels)
             return
@@ -197,7 +197,8 @@ class CIFARDataModule(LightningDataModule):
             f"{self.hparams['dataset']} has {len(own.labels):,} validation images of its own: "
             "data.val_size has no effect"
         )
-        images, labels = (torch.cat(pair) for pair in zip(data[:2], own[:2], strict=True))
+        images = torch.cat([data.images, own.images])
+        labels = torch.cat([data.labels, own.labels])
         train, val = torch.arange(len(labels)).split([len(data.labels), len(own.labels)])
         data = LabelledImages(images, labels, data.class_names)
         return self._record_and_resize(data), train, val
@@ -244,7 +245,7 @@ class CIFARDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Lightning leaves this sampler alone and tells it the epoch, in any number of processes. It
-        # shuffles by seed + epoch: of seeds side by side one would repeat the other's orders.
+        # shuffles by seed + epoch: seed 1 would repeat the orders of seed 0, an epoch earlier.
         sampler: DistributedSampler[Batch] = DistributedSampler(
             self.train_set, *self._processes(), seed=self.hparams["seed"] * SEED_DISTANCE
         )
@@ -254,9 +255,6 @@ class CIFARDataModule(LightningDataModule):
         return self._evaluation_loader(self.val_set) if len(self.val_set) else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation_loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader(self.test_set)
 
     def _evaluation_loader(self, data: InMemoryDataset) -> DataLoader[Batch]:
@@ -316,7 +314,7 @@ def split(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
     """Positions of the training and of the validation images, the same share of each class.
 
     Raises:
-        UserError: If the validation images cannot have that.
+        UserError: If there is no such split.
     """
     positions = np.arange(len(labels))
     if not val_size:

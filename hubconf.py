@@ -7,7 +7,7 @@ For example:
 from cifar_resnet.checkpoint import PRETRAINED, read_checkpoint
 from resnet_module import ResNetModule
 
-dependencies = ["torch", "lightning", "torchmetrics", "jsonargparse"]
+dependencies = ["torch", "lightning", "torchmetrics", "jsonargparse", "torchvision", "PIL"]
 
 
 def resnet20(pretrained: bool = False) -> ResNetModule:

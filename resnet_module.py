@@ -76,7 +76,7 @@ class BlockOptions(NamedTuple):
 class BasicBlock(nn.Module):
     """The block of He et al. 2015 (arXiv:1512.03385): conv–BN–ReLU–conv–BN, add, ReLU."""
 
-    expansion = 1  # channels of its output, for each one of its 3×3 convolutions
+    expansion = 1  # output channels for each channel of its 3×3 convolutions
 
     def __init__(self, in_channels: int, channels: int, stride: int, options: BlockOptions) -> None:
         super().__init__()
@@ -190,8 +190,8 @@ class ResNet(nn.Module):
     A 3×3 stem, three stages whose 3×3 convolutions have `width`, 2·`width` and 4·`width` channels,
     the second and third starting with stride 2, global average pooling, and a linear head. With n
     blocks in each stage the paper's depth is 6n + 2 for basic blocks and 9n + 2 for bottlenecks:
-    n = 3 is ResNet-20, n = 18 ResNet-110, or ResNet-164 of bottlenecks. Names are torchvision's:
-    layer1 to layer3, conv1, bn1, ..., downsample.
+    n = 3 is ResNet-20, n = 18 ResNet-110, or ResNet-164 of bottlenecks. The stages are layer1 to
+    layer3; the names inside of them are torchvision's: conv1, bn1, ..., downsample.
 
     Args:
         layers: Number of blocks in each of the three stages.
@@ -220,24 +220,25 @@ class ResNet(nn.Module):
         make_block = BLOCKS[block, preactivation]
         options = BlockOptions(shortcut, ACTIVATIONS[activation])
 
-        def stage(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-            channels = out_channels // make_block.expansion
-            rest = (make_block(out_channels, channels, 1, options) for _ in range(blocks - 1))
-            return nn.Sequential(make_block(in_channels, channels, stride, options), *rest)
+        def stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+            first = make_block(in_channels, channels, stride, options)
+            out_channels = make_block.expansion * channels
+            rest = [make_block(out_channels, channels, 1, options) for _ in range(blocks - 1)]
+            return nn.Sequential(first, *rest)
 
         self.activation = options.activation
         self.preactivation = preactivation
-        narrow, middle, wide = (make_block.expansion * width * factor for factor in (1, 2, 4))
+        narrow = make_block.expansion * width  # channels that leave the first stage
         self.conv = conv(3, width)
         # Preactivation blocks begin with BN and ReLU, so theirs comes once, after the last block.
-        self.bn = nn.BatchNorm2d(wide if preactivation else width)
-        self.layer1 = stage(layers[0], width, narrow, stride=1)
-        self.layer2 = stage(layers[1], narrow, middle, stride=2)
-        self.layer3 = stage(layers[2], middle, wide, stride=2)
-        self.fc = nn.Linear(wide, num_classes)
+        self.bn = nn.BatchNorm2d(4 * narrow if preactivation else width)
+        self.layer1 = stage(layers[0], width, width, stride=1)
+        self.layer2 = stage(layers[1], narrow, 2 * width, stride=2)
+        self.layer3 = stage(layers[2], 2 * narrow, 4 * width, stride=2)
+        self.fc = nn.Linear(4 * narrow, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps float images (N, 3, H, W), H and W 32 or more, to logits (N, num_classes)."""
+        """Maps float images (N, 3, H, W) to logits (N, num_classes)."""
         x = self.conv(images)
         if not self.preactivation:
             x = self.activation(self.bn(x))
@@ -251,7 +252,7 @@ class ResNetModule(LightningModule):
     """Trains, validates and tests a `ResNet` with cross-entropy; logs loss, accuracy and `lr`.
 
     Class names and, in `fit`, the input scaling are taken from the data. They travel in the
-    checkpoint, so that the trained network means the same wherever it is loaded. On the command
+    checkpoint, so that a loaded network gives the same predictions everywhere. On the command
     line another optimizer or scheduler keeps the options that it shares with the default one, such
     as `lr` or `gamma`, unless they are given.
 
@@ -268,8 +269,8 @@ class ResNetModule(LightningModule):
         input_std: What each channel is then divided by.
         label_smoothing: Share of each training label that is spread over all classes (Szegedy et
             al. 2015, arXiv:1512.00567), 0 to 1. Validation and test never smooth.
-        compile: Mode in which `fit` compiles the network for training with torch.compile; by
-            default it doesn't. Evaluation is not compiled. No part of a checkpoint.
+        compile: Mode of torch.compile for training; by default nothing is compiled. Evaluation
+            never is. Not saved in checkpoints.
         **network: The options of `ResNet`.
     """
 
@@ -312,12 +313,12 @@ class ResNetModule(LightningModule):
         acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         metrics = MetricCollection({"loss": loss, "acc": acc})
         self.train_metrics = metrics.clone(prefix="train/")
-        self.val_metrics = metrics.clone(prefix="val/")
+        self.eval_metrics = metrics.clone(prefix="val/")
 
     def setup(self, stage: str) -> None:
         """Takes class names, the images' size and, for `fit`, input scaling from the data."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = [str(name) for name in getattr(data, "class_names", [])]  # not NumPy's
+        names = [str(name) for name in getattr(data, "class_names", [])]  # not NumPy's strings
         self.class_names = common_names(self.class_names, names)
         side = getattr(data, "hparams", {}).get("image_size", 32)
         self.example_input_array = torch.zeros(1, 3, side, side)  # the summary counts its FLOPs
@@ -370,20 +371,16 @@ class ResNetModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Returns the probabilities (N, num_classes), float32, which callbacks collect."""
-        _, logits = self.shared_step(batch, self.val_metrics)
+        _, logits = self.shared_step(batch, self.eval_metrics)
         return logits.float().softmax(dim=1)
 
     test_step = validation_step
 
-    def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns the probabilities (N, num_classes), float32, of a batch of images."""
-        return self(batch[0]).float().softmax(dim=1)
-
-    # Metrics are logged once per epoch: in every step it would cost more than the metrics do.
+    # Metrics are logged once per epoch: in every step that would cost more than computing them.
     # Logging "step" makes the epochs done the x axis of all curves.
     def on_train_epoch_start(self) -> None:
         self.lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        # A ModelCheckpoint that saves within this epoch would put the last one's in its file name.
+        # Otherwise a ModelCheckpoint that saves within this epoch would use the last one's number.
         self.trainer.callback_metrics.pop("step", None)
 
     def on_train_epoch_end(self) -> None:
@@ -392,34 +389,36 @@ class ResNetModule(LightningModule):
         self.log("step", float(self.current_epoch + 1))
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_metrics)
+        self.log_dict(self.eval_metrics)
         self.log("step", float(self.current_epoch + 1))
 
     def on_test_epoch_end(self) -> None:
-        metrics = self.val_metrics.items(keep_base=True)
+        metrics = self.eval_metrics.items(keep_base=True)
         self.log_dict({f"test/{name}": metric for name, metric in metrics})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
+        interval, length = self.hparams["lr_interval"], dict[str, Any]()
         # From the command line it is a functools.partial with all options of the class.
         given = getattr(self.lr_scheduler, "keywords", {})
-        interval, options = self.hparams["lr_interval"], dict[str, Any]()
-        if given.get("total_steps", 0) is None and given.get("epochs") is None:  # an open cycle
+        is_open = "total_steps" in given and given["total_steps"] is None
+        if is_open and given.get("epochs") is None:
             steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs
-            options["total_steps"] = steps if interval == "step" else epochs
-        scheduler: Any = self.lr_scheduler(optimizer, **options)
-        monitor = getattr(scheduler, "monitor", None)
-        # A validation metric, as ReduceLROnPlateau monitors it, is new after a validation only.
-        with_validation = interval == "epoch" and str(monitor).startswith("val")
+            length["total_steps"] = steps if interval == "step" else epochs
+        scheduler: Any = self.lr_scheduler(optimizer, **length)
+        monitor, frequency = getattr(scheduler, "monitor", None), 1
+        # A validation metric changes only after a validation.
+        if interval == "epoch" and str(monitor).startswith("val"):
+            frequency = self.trainer.check_val_every_n_epoch or 1
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
                 "scheduler": scheduler,
                 "interval": interval,
                 "monitor": monitor,
-                "frequency": (with_validation and self.trainer.check_val_every_n_epoch) or 1,
+                "frequency": frequency,
             },
         }
 
@@ -435,7 +434,7 @@ class ResNetModule(LightningModule):
         """A trained network, in eval mode on the CPU, from what `read_checkpoint` returns.
 
         Raises:
-            ValueError: If the weights do not fit the stored options.
+            UserError: If the weights do not fit the stored options.
         """
         options = known_options(checkpoint["hyper_parameters"], cls, ResNet)
         for name in ("optimizer", "lr_scheduler"):

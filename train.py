@@ -16,7 +16,7 @@ from cifar_resnet.callbacks import (
     CurrentLimits,
     CycleLengthCheck,
     EpochSummary,
-    ResumeHint,
+    StopAtSignal,
     TensorBoardImages,
     TerminateOnNaN,
 )
@@ -36,6 +36,7 @@ def main() -> None:
             "pictures": TensorBoardImages,
         },
         trainer_defaults={
+            # So that a run that began on a GPU does not go on without one unnoticed.
             "accelerator": "gpu" if GPU_FOUND else "auto",
             "max_epochs": 80,
             "callbacks": [
@@ -43,7 +44,7 @@ def main() -> None:
                 TerminateOnNaN(),
                 CycleLengthCheck(),
                 CurrentLimits(),
-                ResumeHint(),
+                StopAtSignal(),
                 EpochSummary(),
             ],
         },

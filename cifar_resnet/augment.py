@@ -37,7 +37,7 @@ class Augmentation(Protocol):
 
 @runtime_checkable
 class ChangesLabels(Protocol):
-    """What an augmentation that mixes the images of a batch has besides."""
+    """The further method of an augmentation that mixes the images of a batch."""
 
     def apply_to_labels(self, labels: Tensor, draws: Draws) -> Tensor:
         """Turns labels (N,) int64 into shares of the classes (N, C), float32, by the same draws."""
@@ -137,11 +137,11 @@ class MixUp:
 class CutMix:
     """Puts a rectangle of another image into each image (Yun et al. 2019, arXiv:1905.04899).
 
-    Their labels are blended by area. Which image, and whose draws, is as in `MixUp`. The rectangle
-    is a square whose centre is anywhere in the image, without the parts that lie outside.
+    Their labels are blended by area. The other image and the draws are those of `MixUp`. The
+    rectangle is a square whose centre is anywhere in the image, without the parts that lie outside.
 
     Args:
-        alpha: The share that is kept of an image around a whole square follows Beta(alpha, alpha).
+        alpha: The share of an image that a whole square leaves of it follows Beta(alpha, alpha).
         size: Side of the images, in pixels.
         num_classes: Number of classes.
     """
@@ -173,9 +173,9 @@ class CutMix:
 class Augmenter:
     """Applies augmentations in order.
 
-    What is random follows from the seed, the epoch and the image's position in the training set
-    alone. Each augmentation has a random generator of its own, so that adding or removing one never
-    changes the others. Whom an image is mixed with follows from its batch.
+    What is random follows from the seed, the epoch and the image's position in the training set;
+    which images are mixed, also from the batch. Each augmentation has a random generator of its
+    own, so that adding or removing one never changes the others.
 
     Args:
         augmentations: At most one of each class.
@@ -200,13 +200,12 @@ class Augmenter:
 
     def draw(self, epoch: int) -> list[Draws]:
         """What the epoch, counted from 0, does to each training image, by augmentation."""
-        names = [type(augmentation).__name__ for augmentation in self.augmentations]
-        return [
-            augmentation.draw(
-                np.random.default_rng((self.seed, epoch, zlib.crc32(name.encode()))), self.count
-            )
-            for name, augmentation in zip(names, self.augmentations, strict=True)
-        ]
+        draws = []
+        for augmentation in self.augmentations:
+            name = zlib.crc32(type(augmentation).__name__.encode())
+            rng = np.random.default_rng((self.seed, epoch, name))
+            draws.append(augmentation.draw(rng, self.count))
+        return draws
 
     def __call__(
         self, images: Tensor, labels: Tensor, positions: Tensor, epoch: int
@@ -229,12 +228,13 @@ class Augmenter:
                 for draws in self.draw(epoch)
             ]
         for augmentation, draws in zip(self.augmentations, self._draws, strict=True):
+            mixes = isinstance(augmentation, ChangesLabels)
+            if mixes and epoch >= self.mix_epochs:
+                continue
             drawn = {name: value[positions] for name, value in draws.items()}
-            if isinstance(augmentation, ChangesLabels):
-                if epoch >= self.mix_epochs:
-                    continue
-                labels = augmentation.apply_to_labels(labels, drawn)
             images = augmentation.apply(images, drawn)
+            if isinstance(augmentation, ChangesLabels):
+                labels = augmentation.apply_to_labels(labels, drawn)
         return images, labels
 
 
@@ -256,7 +256,7 @@ def squares(row: Tensor, column: Tensor, side: int | Tensor, size: int) -> Tenso
 
 
 def blend(batch: Tensor, share: Tensor) -> Tensor:
-    """`share` () of each element of a batch (N, ...) and the rest of the one before it; float32."""
+    """Blends each element of a batch (N, ...) with the one before it: `share` () of itself."""
     return batch * share + batch.roll(1, 0) * (1 - share)
 
 
@@ -266,7 +266,7 @@ def dominant_labels(labels: Tensor) -> Tensor:
 
 
 def pad_or_resize(images: Tensor, augmentation: str) -> Tensor:
-    """What training crops are taken from: images (N, 3, H, H) uint8, zoomed, padded or unchanged.
+    """Images (N, 3, H, H) uint8 as crops are taken from them: zoomed, padded or unchanged.
 
     The whole training set is enlarged once, not each image in each epoch.
     """

@@ -99,7 +99,7 @@ class CurrentLimits(Callback):
         checkpoint["callbacks"].pop(Timer.__qualname__, None)
 
 
-class ResumeHint(Callback):
+class StopAtSignal(Callback):
     """Ends a run at SIGTERM, in all processes before the same step; says how to resume it.
 
     Lightning's own handler broadcasts from within whatever operation the signal interrupts: of
@@ -215,7 +215,7 @@ class EpochSummary(Callback):
 
 
 def has_saved(callback: ModelCheckpoint) -> bool:
-    """Whether the best file is this run's: one that branches off begins with the old run's."""
+    """Whether its best file is this run's; one that branches off begins with the old run's."""
     return Path(callback.best_model_path).is_relative_to(str(callback.dirpath))
 
 

@@ -122,7 +122,7 @@ class PeriodicCheckpoint(EpochCheckpoint):
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The callbacks that save checkpoints, by a metric first, then of the last epoch."""
+    """The callbacks that save checkpoints: first those by a metric, then that of last.ckpt."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return sorted(found, key=lambda c: (c.monitor is None, c.filename != "last"))
 
@@ -150,7 +150,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return convert_state_dict(content)
         except UserError as error:
             raise UserError(f"{path} is {error}") from error
-    # A data loader has none; data of another class than this project's are shown as they are.
+    # A checkpoint of other data, trained in Python, has none: such images are shown as they are.
     content.setdefault("datamodule_hyper_parameters", {}).setdefault("augmentation", "none")
     return content
 

@@ -33,13 +33,13 @@ from cifar_resnet.options import (
 from cifar_resnet.report import write_report
 from cifar_resnet.runs import RunFolder, describe_run
 
-ORDER = "A later option overrides an earlier one, and so does a --config: flags go behind it."
+ORDER = "A later option overrides an earlier one, and a --config what stands before it."
 GPU_FOUND = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])
 
 
 class CheckpointName(argparse.Action):
-    """`--ckpt`, which `first_look` reads: a configuration that is saved does not have it."""
+    """Passes `--ckpt` over: `first_look` has read it, and no saved configuration is to have it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -54,8 +54,8 @@ class CLI(LightningCLI):
     Args:
         model_class: The LightningModule; its signature gives the options `--model...`.
         datamodule_class: The LightningDataModule; its signature gives `--data...`.
-        callback_options: Callbacks whose signatures give options, by the options' first name.
-        **kwargs: Those of `LightningCLI`.
+        callback_options: Callbacks whose signatures give options, by the prefix of their options.
+        **kwargs: Others of `LightningCLI`, such as `trainer_defaults`.
     """
 
     source: Source | None = None  # the checkpoint that the command begins with
@@ -86,9 +86,10 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        ours = {"ckpt_path", "weights_only", "verbose"}
+        """The commands, each with the arguments of the Trainer's method that are no options."""
+        hidden = {"ckpt_path", "weights_only", "verbose"}
         every = LightningCLI.subcommands()
-        return {name: every[name] | ours for name in ("fit", "validate", "test")}
+        return {name: every[name] | hidden for name in ("fit", "validate", "test")}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -122,26 +123,27 @@ class CLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the options; those of the checkpoint, if there is one, lie under them."""
-        look = first_look(sys.argv[1:], self.subcommands())
-        if look.ckpt is None:
+        """Parses the options; those of the checkpoint, if there is one, are their defaults."""
+        start = first_look(sys.argv[1:], self.subcommands())
+        if start.ckpt is None:
             self.config = parser.parse_args()
-            check_options(self.config[self.config.subcommand], look)
+            check_options(self.config[self.config.subcommand], start)
             return
-        command = look.command
-        known = parser.parse_args([command])[command].as_dict()
-        self.source = source = find_source(command, look.ckpt, look.root, known)
-        trained = parser.parse_object({command: source.stored})
-        base = parser.parse_object({command: source.options or source.stored})
+        command = start.command
+        defaults = parser.parse_args([command])[command].as_dict()
+        self.source = source = find_source(command, start.ckpt, start.root, defaults)
+        # What the checkpoint was trained with, to compare; and what lies under the given options.
+        trained = parser.parse_object({command: source.trained_with})
+        base = parser.parse_object({command: source.run_options or source.trained_with})
         self.config = parser.parse_args(namespace=base)
         print_once(f"Checkpoint: {relative(source.path)}")
-        if command == "fit" and source.options is None:
+        if command == "fit" and source.run_options is None:
             print_once(
-                "Note: the checkpoint is not in its run's folder: options of trainer and of "
+                "Note: the checkpoint is not in a run's folder: options of the trainer and of "
                 "checkpoints are the defaults, unless given"
             )
         config = self.config[command]
-        check_options(config, look)
+        check_options(config, start)
         compare_with_checkpoint(command, config, trained[command], source.checkpoint)
 
     def before_instantiate_classes(self) -> None:
@@ -224,7 +226,9 @@ class CLI(LightningCLI):
 
 def as_list(option: Any) -> list[Any]:
     """An option of the Trainer that may be one object, a list or None."""
-    return [*option] if isinstance(option, list) else [] if option is None else [option]
+    if option is None:
+        return []
+    return [*option] if isinstance(option, list) else [option]
 
 
 def own_plugins(given: list[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms.functional import center_crop
 
 from cifar_resnet.messages import UserError
 
@@ -105,7 +106,5 @@ def evaluation_view(images: Tensor, evaluation: Evaluation) -> Tensor:
     if evaluation == "native":
         return images
     size = images.shape[-1]
-    images = F.interpolate(images, zoomed(size), mode="bilinear")
-    border = {"zoom": 0, "crop": (zoomed(size) - size) // 2}[evaluation]
-    inside = slice(border, zoomed(size) - border)
-    return images[:, :, inside, inside]
+    enlarged = F.interpolate(images, zoomed(size), mode="bilinear")
+    return enlarged if evaluation == "zoom" else center_crop(enlarged, [size, size])

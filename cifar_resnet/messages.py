@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """What a user can mend: one line that names the value and the way out."""
+    """An error that the user can mend: one line with name, value and way out."""
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def relative(path: Path) -> str:
-    """A path as one would type it here."""
+    """The path as one would type it in the current folder."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 

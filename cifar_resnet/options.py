@@ -24,11 +24,11 @@ TRAINING_ONLY = ("optimizer", "lr_scheduler")  # options of the model that evalu
 
 
 @dataclass(frozen=True)
-class FirstLook:
+class Start:
     """What is needed before the options can be parsed, because a checkpoint brings some of them."""
 
     command: str
-    ckpt: str | None  # `best` or `last`, a path; None if the command begins with none
+    ckpt: str | None  # `best`, `last` or a path; None: begin without a checkpoint
     root: Path  # of the runs
 
 
@@ -39,21 +39,22 @@ class Source:
     Attributes:
         path: Where it lies.
         checkpoint: What `read_checkpoint` returns.
-        stored: Options of the command that the checkpoint was trained with, as far as it has them.
-        options: Those of the checkpoint's run; None if `fit` does not find it in its run's folder.
+        trained_with: The options of model, data and seed that the checkpoint holds.
+        run_options: All options of its run, for `fit`; None if it lies in no run's folder.
         run: The folder of the run that `fit` resumes, if it resumes one.
     """
 
     path: Path
     checkpoint: dict[str, Any]
-    stored: dict[str, Any]
-    options: dict[str, Any] | None = None
+    trained_with: dict[str, Any]
+    run_options: dict[str, Any] | None = None
     run: Path | None = None
 
 
-def first_look(args: list[str], commands: Collection[str]) -> FirstLook:
-    """Finds command, checkpoint and root among arguments; the parser reads them again, and all."""
+def first_look(args: list[str], commands: Collection[str]) -> Start:
+    """Finds command, checkpoint and root among arguments, all of which the parser then reads."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # Of a root that is given and one in a configuration the later one counts.
     roots: Any = {"dest": "roots", "action": "append", "nargs": "?", "default": []}
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--ckpt", nargs="?", const="")
@@ -63,34 +64,34 @@ def first_look(args: list[str], commands: Collection[str]) -> FirstLook:
     command = next((arg for arg in rest if arg in commands), "")
     root = next((root for root in reversed(look.roots) if root), "")
     default = "last" if command == "fit" else "best"
-    begins_anew = look.help or not command or (command == "fit" and look.ckpt is None)
-    ckpt = None if begins_anew else look.ckpt or default
-    return FirstLook(command, ckpt, Path(root).expanduser())
+    without = look.help or not command or (command == "fit" and look.ckpt is None)
+    ckpt = None if without else look.ckpt or default
+    return Start(command, ckpt, Path(root).expanduser())
 
 
 def root_in(config: str) -> str | None:
-    """The root that a configuration file gives, if it does; what is wrong the parser will say."""
+    """The root that a configuration file gives, if any; the parser tells what is wrong with it."""
     with contextlib.suppress(OSError, yaml.YAMLError, LookupError, TypeError):
         return str(yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"] or "")
     return None
 
 
-def find_source(command: str, ckpt: str, root: Path, known: Mapping[str, Any]) -> Source:
+def find_source(command: str, ckpt: str, root: Path, defaults: Mapping[str, Any]) -> Source:
     """Reads the checkpoint that a command begins with, and the options that it brings.
 
     Args:
         command: fit, validate or test.
         ckpt: A path, or `best` or `last` of the newest run.
         root: Where the runs are.
-        known: The command's options; a checkpoint of an earlier version may have others.
+        defaults: Of all options; a checkpoint of an earlier version may have others.
 
     Raises:
         UserError: If there is no such checkpoint, or it cannot be read.
     """
     path = find_checkpoint(ckpt, root / LOGS)
     checkpoint, run = read_checkpoint(path), path.absolute().parents[1]
-    stored = stored_options(checkpoint, known)
-    if command != "fit":  # what is gone since does not hinder a test
+    stored = stored_options(checkpoint, defaults)
+    if command != "fit":  # an optimizer that is gone since must not hinder a test
         stored["model"] = {n: v for n, v in stored["model"].items() if n not in TRAINING_ONLY}
     if command != "fit" or not (run / "run.json").is_file():
         return Source(path, checkpoint, stored)
@@ -99,39 +100,39 @@ def find_source(command: str, ckpt: str, root: Path, known: Mapping[str, Any]) -
     return Source(path, checkpoint, stored, read_config(run / "config.yaml"), resumed)
 
 
-def stored_options(checkpoint: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def stored_options(checkpoint: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a checkpoint holds, as a configuration."""
     model, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
     options: dict[str, Any] = {
-        "model": {name: value for name, value in model.items() if name in known["model"]},
-        "data": {name: value for name, value in data.items() if name in known["data"]},
+        "model": {name: value for name, value in model.items() if name in defaults["model"]},
+        "data": {name: value for name, value in data.items() if name in defaults["data"]},
     }
     seed = options["data"].pop("seed", None)  # follows from seed_everything
     return options if seed is None else {"seed_everything": seed, **options}
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The options of a run, without those that are gone since."""
+    """The options of a run, without those that have been removed since."""
     config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     for section, name in (option.split(".") for option in REMOVED):
         config[section].pop(name, None)
     return config
 
 
-def check_options(config: Namespace, look: FirstLook) -> None:
-    """Refuses options that would do harm without a word."""
+def check_options(config: Namespace, start: Start) -> None:
+    """Refuses options that would silently do harm."""
     if config.ckpt is not None:
         raise UserError(f"ckpt is {config.ckpt!r} in a configuration: give it as --ckpt")
     root = Path(config.trainer.default_root_dir or "").expanduser()
-    if look.ckpt in ("best", "last") and root.absolute() != look.root.absolute():
+    if start.ckpt in ("best", "last") and root.absolute() != start.root.absolute():
         raise UserError(
             f"trainer.default_root_dir is {str(root)!r}, but ckpt was looked for in "
-            f"{str(look.root)!r}: give --trainer.default_root_dir, or a path as --ckpt"
+            f"{str(start.root)!r}: give --trainer.default_root_dir, or a path as --ckpt"
         )
     if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
         raise UserError(
-            f"trainer.strategy is {config.trainer.strategy}, whose processes no signal ends: "
-            "give ddp"
+            f"trainer.strategy is {config.trainer.strategy}, whose processes a signal does not "
+            "end: give ddp"
         )
     check_mode("model.lr_scheduler", config.model.get("lr_scheduler.init_args"))
 
@@ -181,18 +182,18 @@ def compare_with_checkpoint(
         for name in TRAINING_ONLY
         if command != "fit" or name not in checkpoint["hyper_parameters"]
     }
-    for name, (before, now) in changed_options(config.model, trained.model, ignored).items():
+    for name, (before, now) in changed_options(trained.model, config.model, ignored).items():
         raise UserError(
             f"model.{name} is {now}, but the checkpoint was trained with {before}: leave it out, "
             "or begin a new run"
         )
     if command == "fit":
-        for name, (before, now) in changed_options(config.data, trained.data, {"urls"}).items():
+        for name, (before, now) in changed_options(trained.data, config.data, {"urls"}).items():
             print_once(f"Note: data.{name} is {now}, and was {before} so far in this run")
 
 
 def changed_options(
-    options: Namespace, trained: Namespace, ignored: Collection[str]
+    trained: Namespace, options: Namespace, ignored: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:
     """(before, now) of each option that has changed, such as `optimizer.init_args.lr`."""
     before, now = (dict(each.clone(with_meta=False).items()) for each in (trained, options))

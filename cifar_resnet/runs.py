@@ -161,10 +161,9 @@ def find_checkpoint(name: str, logs: Path) -> Path:
             f"no run in {logs}/ has a {name}.ckpt: train one with python train.py fit, or give "
             "--ckpt PATH"
         )
-    newest = max(
-        found, key=lambda path: (version_number(path.parents[1]), path.stat().st_mtime)
-    ).parent
-    return next(path for path in (newest / f"{name}.ckpt", newest / "last.ckpt") if path in found)
+    newest = max(found, key=lambda path: (version_number(path.parents[1]), path.stat().st_mtime))
+    wanted = newest.with_name(f"{name}.ckpt")
+    return wanted if wanted.is_file() else newest
 
 
 def version_number(run: Path) -> int:
@@ -207,7 +206,7 @@ def effective_batch_size(trainer: Trainer) -> int:
 
 
 def describe_run(trainer: Trainer) -> dict[str, Any]:
-    """What a figure has to be read with: data, device, precision, versions, commit."""
+    """The context of a result: data, device, precision, versions, commit."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

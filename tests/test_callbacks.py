@@ -26,7 +26,7 @@ from cifar_resnet import callbacks
 from cifar_resnet.callbacks import (
     CycleLengthCheck,
     EpochSummary,
-    ResumeHint,
+    StopAtSignal,
     TensorBoardImages,
     TerminateOnNaN,
 )
@@ -154,7 +154,7 @@ def test_stopped_run_says_how_to_resume(
     for epoch, folder, ckpt in ((1, "my runs", None), (2, "my runs", None), (2, "branch", last)):
         used = [EpochCheckpoint("best", "train/acc"), EpochCheckpoint("last"), AtStart(epoch, stop)]
         with pytest.raises(SystemExit) as end:
-            fit(cifar10, *used, ResumeHint(), default_root_dir=cifar10 / folder, ckpt=ckpt)
+            fit(cifar10, *used, StopAtSignal(), default_root_dir=cifar10 / folder, ckpt=ckpt)
         assert end.value.code == code
     assert capsys.readouterr().out.splitlines() == [
         "Stopped before the first epoch was saved",

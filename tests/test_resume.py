@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL_DIGITS, Run, Start, Started, file_size_limit, wait_for
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from cifar_resnet.callbacks import ResumeHint, read_scalars
+from cifar_resnet.callbacks import StopAtSignal, read_scalars
 
 EPOCHS = 3
 # 25 steps in an epoch; the rate changes with each, and the best epoch need not be the last.
@@ -153,7 +153,7 @@ class PauseInEpoch2(Callback):
         if (trainer.current_epoch, args[-1]) != (1, 14) or Path("paused").exists():
             return
         Path("paused").touch()
-        (hint,) = (c for c in trainer.callbacks if isinstance(c, ResumeHint))
+        (hint,) = (c for c in trainer.callbacks if isinstance(c, StopAtSignal))
         while not hint.terminated:  # SIGINT ends it by an exception
             time.sleep(0.01)
 

@@ -230,14 +230,13 @@ def test_scaling_that_is_not_the_datas(
     torch.testing.assert_close(module.eval()(images), module.network(scaled))
 
 
-def test_python_tests_and_predicts_any_loader(tmp_path: Path) -> None:
+def test_python_tests_any_loader(tmp_path: Path) -> None:
     images, labels = torch.rand(25, 3, 32, 32), torch.arange(25) % 10
     loader = DataLoader(TensorDataset(images, labels), batch_size=10)
     module = ResNetModule(**SMALL)
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
-    predicted: Any = trainer.predict(module, loader)
-    probabilities = torch.cat(predicted)
-    torch.testing.assert_close(probabilities, module.eval()(images).softmax(1))
+    with torch.no_grad():
+        probabilities = module.eval()(images).softmax(1)
     (measured,) = trainer.test(module, loader, verbose=False)
     assert measured == {
         "test/loss": pytest.approx(float(F.nll_loss(probabilities.log(), labels)), rel=1e-5),
