@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from cifar_resnet.checkpoint import is_resumable, read_checkpoint
+from cifar_resnet.datasets import DATASETS
 from cifar_resnet.messages import UserError, print_once
 from cifar_resnet.runs import LOGS, find_checkpoint
 
@@ -57,7 +58,7 @@ def first_look(args: list[str], commands: Collection[str]) -> Start:
     # Of a root that is given and one in a configuration the later one counts.
     roots: Any = {"dest": "roots", "action": "append", "nargs": "?", "default": []}
     parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--ckpt", nargs="?", const="")
+    parser.add_argument("--ckpt", nargs="?", const=True)  # without a value
     parser.add_argument("--trainer.default_root_dir", **roots)
     parser.add_argument("--config", "-c", type=root_in, **roots)
     look, rest = parser.parse_known_args(args)
@@ -65,8 +66,8 @@ def first_look(args: list[str], commands: Collection[str]) -> Start:
     root = next((root for root in reversed(look.roots) if root), "")
     default = "last" if command == "fit" else "best"
     without = look.help or not command or (command == "fit" and look.ckpt is None)
-    ckpt = None if without else look.ckpt or default
-    return Start(command, ckpt, Path(root).expanduser())
+    ckpt = default if look.ckpt in (None, True) else look.ckpt
+    return Start(command, None if without else ckpt, Path(root).expanduser())
 
 
 def root_in(config: str) -> str | None:
@@ -206,8 +207,9 @@ def changed_options(
 
 def check_split(data: Namespace, trained: Namespace) -> None:
     """Refuses to split another number of images off the same data set for validation."""
-    has_own = (Path(data.dataset).expanduser() / "val").is_dir()
-    if trained.dataset.rstrip("/") != data.dataset.rstrip("/") or has_own:
+    before, now = (Path(each.dataset).expanduser().resolve() for each in (trained, data))
+    has_own = data.dataset not in DATASETS and (now / "val").is_dir()
+    if before != now or has_own:
         return
     if data.val_size not in (0, trained.val_size):
         raise UserError(

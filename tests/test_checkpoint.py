@@ -208,16 +208,24 @@ def test_scores_of_two_metrics_are_not_compared(run: Run, digits_run: DigitsRun)
     assert read_checkpoint(best)["epoch"] == 3
 
 
-def test_validation_images_may_differ_only_if_none_of_them_trained(tmp_path: Path) -> None:
+def test_validation_images_may_differ_only_if_none_of_them_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = str(tmp_path)
     trained = Namespace(dataset=folder, val_size=200)
     for dataset, val_size in (("another", 9), (folder, 200), (folder, 0)):
         check_split(Namespace(dataset=dataset, val_size=val_size), trained)
-    for same in (folder, f"{folder}/"):
+    for same in (folder, f"{folder}/", "."):
         with pytest.raises(UserError, match=r"data\.val_size is 9, but .* with 200: images that"):
             check_split(Namespace(dataset=same, val_size=9), trained)
     (tmp_path / "val").mkdir()  # images of its own validate, whatever the number
     check_split(Namespace(dataset=folder, val_size=9), trained)
+    Path("digits/val").mkdir(parents=True)  # which the data set of this name passes over
+    with pytest.raises(UserError, match="images that"):
+        check_split(
+            Namespace(dataset="digits", val_size=9), Namespace(dataset="digits", val_size=8)
+        )
 
 
 def test_two_checkpoints_may_save_as_often() -> None:

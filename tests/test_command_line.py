@@ -260,6 +260,7 @@ def test_bugs_keep_their_traceback(
         (f"fit {PLATEAU}", "model.lr_scheduler.monitor is val/acc, and mode min would keep the"),
         ("fit --seed_everything true", "seed_everything"),
         ("fit --seed_everything 5000000000", "seed_everything"),
+        ("fit --ckpt=", "ckpt is '': that is a folder"),  # a script's variable that is not set
         ("test --ckpt nowhere.ckpt", "ckpt is 'nowhere.ckpt': there is no such file"),
         ("test --ckpt .", "ckpt is '.': that is a folder"),
         ("validate --ckpt older.ckpt --data.val_size 0", "no image was"),
