@@ -5,16 +5,14 @@
     python benchmarks/speed.py --sides C,D         # only these sides
 
 The four sides (see sides.py) are processes of their own, which train in turn, A B C D A B C D ...;
-ratios are taken within each round. Prints median (quartiles), and writes all values to speed.json.
-Options that are not listed here go to `fit`, as in `python benchmarks/speed.py --trainer.benchmark
-true`. Nothing else should run meanwhile. Where CIFAR-10 is not in --data.root, random images take
-its place.
+ratios are taken within each round. Prints median (quartiles). Options that are not listed here go
+to `fit`, as in `python benchmarks/speed.py --trainer.benchmark true`. Nothing else should run
+meanwhile. Where CIFAR-10 is not in --data.root, random images take its place.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import platform
 import statistics
 import subprocess
@@ -114,18 +112,14 @@ def main() -> None:
     parser.add_argument("--data.root", dest="root", default="data", help="where CIFAR-10 lies")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--sides", default=",".join(SIDES), help="sides to compare, such as C,D")
-    parser.add_argument("--output", type=Path, default=Path("speed.json"), help="all values")
     arguments, options = parser.parse_known_args()
     rounds, batches = (2, 2) if arguments.quick else (24, 10)
     names = arguments.sides.split(",")
     speeds = measure_sides(names, arguments.root, rounds, batches, options)
-    results = {"training, images/s": speeds, "ratio": divide(speeds)}
     machine = describe_machine()
     print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items() if value))
-    for title, rows in results.items():
-        print_table(title, rows)
-    content = {"command": " ".join(sys.argv), "machine": machine, "results": results}
-    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    print_table("training, images/s", speeds)
+    print_table("ratio", divide(speeds))
 
 
 if __name__ == "__main__":
