@@ -10,7 +10,7 @@ from conftest import noise
 from PIL import Image
 from torchvision import transforms
 
-from cifar_resnet.images import image_files, read_image, read_square
+from cifar_resnet.images import evaluation_view, image_files, read_image, read_square
 from cifar_resnet.messages import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -84,3 +84,12 @@ def test_image_files_of_folders(tmp_path: Path) -> None:
     for missing in ("no.png", "folder.png"):
         with pytest.raises(UserError, match=f"there is no image at '.*{missing}'"):
             found("d.png", missing)
+
+
+@pytest.mark.parametrize("size", [28, 30, 32, 36])
+def test_crop_is_the_centre_of_the_enlarged_image(size: int) -> None:
+    images = torch.rand(2, 3, size, size)
+    shown = evaluation_view(images, "crop")
+    expected = transforms.functional.center_crop(evaluation_view(images, "zoom"), [size, size])
+    assert shown.shape == images.shape
+    assert torch.equal(shown, expected)
