@@ -163,7 +163,7 @@ class CIFARDataModule(LightningDataModule):
         """Downloads the data into `root` and verifies it, unless it is there already.
 
         Raises:
-            OSError: If it is not there and cannot be put there.
+            UserError: If it is not there, and no address has it.
         """
         self._dataset.prepare(self.root, self.urls)
 

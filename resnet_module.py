@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from cifar_resnet.augment import dominant_labels
-from cifar_resnet.checkpoint import known_options, load_weights
+from cifar_resnet.checkpoint import TRAINING_ONLY, known_options, load_weights
 from cifar_resnet.messages import UserError
 
 Shortcut = Literal["conv3x3", "conv1x1", "pad", "pool"]
@@ -295,7 +295,7 @@ class ResNetModule(LightningModule):
         if (input_mean is None) != (input_std is None):
             raise UserError("input_mean and input_std belong together: give both or neither")
         self.save_hyperparameters(ignore=["compile"], logger=False)
-        for name in ("optimizer", "lr_scheduler"):
+        for name in TRAINING_ONLY:
             # The command line passes plain data. Python code passes functions, which a checkpoint
             # that is read safely cannot hold.
             if callable(self.hparams[name]):
@@ -437,7 +437,7 @@ class ResNetModule(LightningModule):
             UserError: If the weights do not fit the stored options.
         """
         options = known_options(checkpoint["hyper_parameters"], cls, ResNet)
-        for name in ("optimizer", "lr_scheduler"):
+        for name in TRAINING_ONLY:
             options.pop(name, None)
         module = cls(**options)
         load_weights(module, checkpoint)

@@ -278,7 +278,7 @@ class PredictionCollector(Callback):
     on_test_batch_end, on_test_epoch_end = on_validation_batch_end, on_validation_epoch_end
 
 
-class TensorBoardImages(PredictionCollector):
+class TensorBoardImages(Callback):
     """Shows a run in TensorBoard: its data, its network, and what that gets right and wrong.
 
     At the start an augmented batch and the network's graph; after each validation the accuracy of
@@ -291,8 +291,8 @@ class TensorBoardImages(PredictionCollector):
     """
 
     def __init__(self, every_n_epochs: NonNegativeInt = 10) -> None:
-        super().__init__()
         self.every_n_epochs = every_n_epochs
+        self.collector = PredictionCollector()
         self.batch_shown = False
         self.undrawn: PredictedImages | None = None  # of the latest validation
 
@@ -327,13 +327,21 @@ class TensorBoardImages(PredictionCollector):
         figure = image_grid((images * 255).round().to(torch.uint8), captions, title)
         writer.add_figure("augmented batch", figure, trainer.current_epoch)
 
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.writer(trainer):
+            self.collector.on_validation_batch_end(trainer, *args)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        super().on_validation_epoch_end(trainer, pl_module)
         writer = self.writer(trainer)
-        if not writer or trainer.sanity_checking:
+        if not writer:
+            return
+        self.collector.on_validation_epoch_end(trainer, pl_module)
+        if trainer.sanity_checking:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        predicted = PredictedImages(data.val_set.images, *self.result, pl_module.class_names)
+        predicted = PredictedImages(
+            data.val_set.images, *self.collector.result, pl_module.class_names
+        )
         counts = predicted.counts
         rows = zip(predicted.class_names, counts.diag(), counts.sum(dim=1), strict=True)
         pl_module.log_dict({f"val_class/{name}": float(right / n) for name, right, n in rows if n})

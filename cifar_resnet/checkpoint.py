@@ -22,6 +22,8 @@ from cifar_resnet.convert import convert_state_dict
 from cifar_resnet.files import atomic_write
 from cifar_resnet.messages import UserError
 
+# Options of the model that training alone needs.
+TRAINING_ONLY = ("optimizer", "lr_scheduler")
 # Trained weights that come with the project; docs/results.md describes them.
 PRETRAINED = Path(__file__).absolute().parents[1] / "weights" / "resnet20.ckpt"
 

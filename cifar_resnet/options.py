@@ -15,13 +15,12 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
-from cifar_resnet.checkpoint import is_resumable, read_checkpoint
+from cifar_resnet.checkpoint import TRAINING_ONLY, is_resumable, read_checkpoint
 from cifar_resnet.datasets import DATASETS
 from cifar_resnet.messages import UserError, print_once
 from cifar_resnet.runs import LOGS, find_checkpoint
 
 REMOVED = ("best_checkpoint.mode",)  # options that a run of an earlier version may have
-TRAINING_ONLY = ("optimizer", "lr_scheduler")  # options of the model that evaluation ignores
 
 
 @dataclass(frozen=True)
